@@ -1,0 +1,107 @@
+"""Data in: finds out a dataset's format, imports its rows as pairs, and says what became of every one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
+from mmpo.datasets.tables import columns_of, kind_of
+from mmpo.errors import DataError
+from mmpo.find import find, names
+from mmpo.pair import Pair
+
+ROOM = "datasets.formats"
+
+
+def detect(path: str | Path) -> str:
+    """The format of a file or folder, by its content. Raises DataError naming what was found and the formats there are."""
+    path = Path(path)
+    kind, columns = kind_of(path), columns_of(path)
+    fitting = [n for n in names(ROOM) if importlib.import_module(f"mmpo.{ROOM}.{n}").recognises(kind, columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    verdict = f"fits {' and '.join(fitting)}" if fitting else "fits no format"
+    found = ", ".join(sorted(columns)[:12]) or "nothing"
+    raise DataError(f"{path}: a {kind} with {found} {verdict}; set format to one of: {', '.join(names(ROOM))}")
+
+
+def rows(
+    path: str | Path,
+    ledger: Ledger,
+    *,
+    format: str | None = None,
+    root: str | Path | None = None,
+    ties: Literal["drop", "soft"] = "drop",
+) -> Iterator[Any]:
+    """The rows of a dataset as Pairs (Candidates for the candidates format), one at a time; `ledger` accounts for them."""
+    if ties not in ("drop", "soft"):
+        raise ValueError(f"ties: expected 'drop' or 'soft', found {ties!r}")
+    if not Path(path).exists():
+        raise DataError(f"{path}: no such file or folder")
+    importer = find(ROOM, format or detect(path))
+    return importer(Path(path), root=None if root is None else Path(root), ties=ties, ledger=ledger)
+
+
+def load(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    root: str | Path | None = None,
+    ties: Literal["drop", "soft"] = "drop",
+    on_bad: Literal["refuse", "skip"] = "refuse",
+    limit: int | None = None,
+    strategy: str = "best_worst",
+    margin: float = 0.0,
+    seed: int = 0,
+) -> tuple[list[Pair], Ledger]:
+    """The pairs of a dataset, and the ledger of its rows.
+
+    format: a file of datasets/formats, by default detected. root: the folder that paths in rows start from, by default
+    the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5. on_bad: "refuse" raises
+    DataError at the first bad row, "skip" counts bad rows. limit: stop after so many pairs. strategy, margin, seed: how
+    candidates are paired (see mmpo.datasets.pairing), which also refuses unscored ones.
+    Every image is decoded once, so that a run never meets a damaged one. A pair that occurs again gets the id `<id>#2`.
+    """
+    if on_bad not in ("refuse", "skip"):
+        raise ValueError(f"on_bad: expected 'refuse' or 'skip', found {on_bad!r}")
+    ledger = Ledger(on_bad)
+    chosen = format or detect(path)
+    items = rows(path, ledger, format=chosen, root=root, ties=ties)
+    if chosen == "candidates":
+        pairs, drops = pair_up(by_prompt(_scored(items)), strategy, margin=margin, seed=seed)
+        ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in drops.items()})
+        return pairs[:limit], ledger
+    return list(_numbered(itertools.islice(items, limit), ledger)), ledger
+
+
+def load_candidates(
+    path: str | Path, *, root: str | Path | None = None, on_bad: Literal["refuse", "skip"] = "refuse"
+) -> tuple[dict[str, list[Candidate]], Ledger]:
+    """The candidates of a file by prompt, scored or not, and the ledger: what a judge and `pair_up` start from."""
+    ledger = Ledger(on_bad)
+    return by_prompt(rows(path, ledger, format="candidates", root=root)), ledger
+
+
+def _scored(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+    for candidate in candidates:
+        if candidate.score is None:
+            raise DataError(f"prompt {candidate.prompt[0].data!r}: a candidate has no score; judge the file before pairing it")
+        yield candidate
+
+
+def _numbered(pairs: Iterator[Pair], ledger: Ledger) -> Iterator[Pair]:
+    """Ids are made of content, so a repeated vote needs a number to have an id of its own."""
+    seen: Counter[str] = Counter()
+    for pair in pairs:
+        seen[pair.id] += 1
+        if (count := seen[pair.id]) > 1:
+            ledger.notes["repeated pairs (kept)"] += 1
+            pair = dataclasses.replace(pair, id=f"{pair.id}#{count}")
+        yield pair

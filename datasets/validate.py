@@ -1,0 +1,60 @@
+"""Reads a whole dataset without stopping at the first problem, and reports all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.load import detect, rows
+from mmpo.errors import DataError
+
+
+@dataclass
+class Report:
+    """What `validate` found. pairs: pairs (or candidates) that training would get; prompts: distinct ones among them.
+
+    fatal: why the file could not be read to its end, if so.
+    """
+
+    path: str
+    format: str | None = None
+    ledger: Ledger = field(default_factory=lambda: Ledger("skip"))
+    pairs: int = 0
+    prompts: int = 0
+    fatal: str | None = None
+
+    @property
+    def bad(self) -> int:
+        """Number of problems: bad rows, and one more when the file itself is unreadable."""
+        return self.ledger.refused.total() + bool(self.fatal)
+
+    def lines(self) -> list[str]:
+        """The report: one line per bad row, then the summary."""
+        hidden = self.ledger.refused.total() - len(self.ledger.problems)
+        problems = self.ledger.problems + ([f"... and {hidden} more bad rows"] if hidden else [])
+        fatal = [f"unreadable: {self.fatal}"] if self.fatal else []
+        items = "candidates" if self.format == "candidates" else "pairs"
+        summary = f"{self.path}: format {self.format or 'unknown'}, {self.pairs} {items} of {self.prompts} prompts"
+        return [*problems, *fatal, summary, *str(self.ledger).splitlines()]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def validate(path: str | Path, format: str | None = None, root: str | Path | None = None) -> Report:
+    """Check every row of a dataset: prompts, labels, paths, and that every image decodes. Ties count as skipped rows.
+
+    Never raises for bad data; one row is in memory at a time. Raises RecipeError for a format that does not exist.
+    """
+    report = Report(str(path), format)
+    prompts: set[str] = set()
+    try:
+        report.format = format or detect(path)
+        for item in rows(path, report.ledger, format=report.format, root=root):
+            report.pairs += 1
+            prompts.update(b.digest for b in item.prompt)
+    except DataError as error:
+        report.fatal = str(error)
+    report.prompts = len(prompts)
+    return report

@@ -1,0 +1,72 @@
+"""Finds a room's file by its name: no registry, and nothing is imported that was not asked for.
+
+`find("losses", "ipo")` imports `mmpo.losses.ipo` and returns its function `ipo`. Somebody else's code is named
+`pkg.module:function` and is imported only after its module was allowed, which only the command line does (`--plugin`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+from mmpo.errors import RecipeError
+
+ROOMS = ("losses", "judges", "diagnostics", "modalities", "datasets", "datasets.formats")
+PLUGINS: set[str] = set()
+
+
+def names(room: str) -> list[str]:
+    """The names a room offers, sorted, without importing any of its files.
+
+    A modality is a file with a `<name>_config` beside it; the room's other files are parts they share.
+    """
+    if room not in ROOMS:
+        raise RecipeError(f"no room '{room}'{nearest(room, ROOMS)}; rooms: {', '.join(ROOMS)}")
+    spec = importlib.util.find_spec(f"mmpo.{room}")
+    files = {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations if spec else None)}
+    offered = {f for f in files if f"{f}_config" in files} if room == "modalities" else files
+    return sorted(f for f in offered if not f.startswith("_"))
+
+
+def find(room: str, name: str) -> Any:
+    """The object a recipe means by `name`: `<name>` of `mmpo.<room>.<name>`, or a modality's class `Adapter`.
+
+    Raises RecipeError (a ValueError) for an unknown name, with the nearest names and the full list.
+    """
+    if ":" in name:
+        return _plugin(name)
+    offered = names(room)
+    if name not in offered:
+        raise RecipeError(f"no '{name}' in {room}{nearest(name, offered)}; {room}: {', '.join(offered) or 'empty'}")
+    module = importlib.import_module(f"mmpo.{room}.{name}")
+    return getattr(module, "Adapter" if room == "modalities" else name)
+
+
+def model_config(modality: str) -> Any:
+    """The pydantic class of a modality's `model:` section, from its torch-free `<name>_config` file."""
+    if ":" in modality:
+        return _plugin(f"{modality.partition(':')[0]}:ModelConfig")
+    offered = names("modalities")
+    if modality not in offered:
+        raise RecipeError(f"no modality '{modality}'{nearest(modality, offered)}; modalities: {', '.join(offered)}")
+    return importlib.import_module(f"mmpo.modalities.{modality}_config").ModelConfig
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """"; did you mean 'x'?", or nothing when no choice is close."""
+    close = difflib.get_close_matches(word, list(choices), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _plugin(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if module not in PLUGINS:
+        raise RecipeError(f"'{name}' is code outside mmpo, and a recipe alone never imports code: allow it with --plugin {module}")
+    found = getattr(importlib.import_module(module), attribute, None)
+    if found is None:
+        raise RecipeError(f"the plugin {module} has no '{attribute}'")
+    return found

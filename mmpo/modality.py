@@ -1,0 +1,54 @@
+"""The seam: what every modality's adapter offers to the core. encode -> draw -> score, and sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from mmpo.pair import Block, Pair
+from mmpo.scores import Scores
+
+
+@dataclass(frozen=True)
+class DrawKey:
+    """Names one draw. All its randomness is a pure function of these three, on every machine and worker count."""
+
+    seed: int
+    sample: str
+    index: int
+
+
+class Modality(Protocol):
+    """An adapter. `model` is the module that trains; everything frozen (VAE, text encoders) stays inside the adapter."""
+
+    PROVIDES: frozenset[str]  # extras of Scores it can compute, beyond logp
+    branches: tuple[str, ...]  # the branches it scores in one call
+    model: nn.Module
+
+    def encode(self, pairs: Sequence[Pair]) -> list[Any]:
+        """Run the frozen encoders: no gradient, cached by content digest, one result per pair."""
+
+    def draw(self, encoded: Sequence[Any], keys: Sequence[DrawKey], model: nn.Module) -> Any:
+        """The only place where randomness enters. Returns a batch: all inputs of the model and its targets.
+
+        model: only read by draws that depend on it (inversion); under no_grad.
+        """
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, Scores]:
+        """Likelihood of every branch, by one model call. Pure: the same parameters and batch give the same scores."""
+
+    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
+        """One generation per prompt, each a pure function of the parameters, the prompt and its seed."""
+
+    def dummy(self) -> list[Pair]:
+        """Two tiny valid pairs, for tests, warm-up and compilation."""
+
+    def describe(self, beta: float) -> str:
+        """What beta means here in one line, e.g. the coefficient on the mean squared error margin."""
+
+    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained weights in the format the model's own library loads."""

@@ -1,0 +1,96 @@
+"""The nouns: a Pair of answers to one prompt, made of Blocks of text or media.
+
+Letter legend, used in every shape of this project:
+    B pairs   U units of a likelihood (tokens, frames, streams; 1 for images)   N rows of one model call
+    V vocabulary   D hidden size   C channels   F frames   H, W height and width   t timestep
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["text", "image", "video", "audio"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of a prompt or an answer.
+
+    data: text as `str`; media as encoded file `bytes`, or as an array (image (H, W, 3) uint8).
+    path: where the bytes came from, kept for messages only; loading is done by the importers, under their root.
+    """
+
+    kind: Kind
+    data: str | bytes | np.ndarray
+    path: str | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of kind and content: two blocks with the same digest are the same block."""
+        h = hashlib.sha256(self.kind.encode() + b"\0")
+        if isinstance(self.data, str):
+            h.update(self.data.encode())
+        elif isinstance(self.data, bytes):
+            h.update(self.data)
+        else:
+            h.update(f"{self.data.dtype}{self.data.shape}".encode())
+            h.update(np.ascontiguousarray(self.data).tobytes())
+        return h.hexdigest()
+
+
+def text(value: str) -> Block:
+    return Block("text", value)
+
+
+def image(value: bytes | np.ndarray, path: str | None = None) -> Block:
+    return Block("image", value, path)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: `chosen` is better than `rejected` as an answer to `prompt`.
+
+    An unpaired row (KTO) has only one of the two sides; the other is the empty tuple.
+    weight: multiplies the row's loss. margin: added to what the chosen side must win by, in units of reward.
+    label: probability that `chosen` is really the better one (1 = certain, 0.5 = tie), read by losses with soft labels.
+    scores: judge scores by side, e.g. {"chosen": 0.9, "rejected": 0.2}. group: rows of one prompt share it.
+    branches: further (response, condition) combinations by name, e.g. {"chosen@crop": Branch(...)}.
+    """
+
+    id: str
+    prompt: tuple[Block, ...]
+    chosen: tuple[Block, ...] = ()
+    rejected: tuple[Block, ...] = ()
+    weight: float = 1.0
+    margin: float = 0.0
+    label: float = 1.0
+    scores: Mapping[str, float] = field(default_factory=dict)
+    group: str | None = None
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def branch(self, name: str) -> Branch | None:
+        """The named (prompt, response) combination, or None when this row has no such side."""
+        if name in ("chosen", "rejected"):
+            response = self.chosen if name == "chosen" else self.rejected
+            return Branch(self.prompt, response) if response else None
+        return self.branches.get(name)
+
+    @property
+    def caption(self) -> str:
+        """The prompt's text blocks, joined."""
+        return " ".join(str(b.data) for b in self.prompt if b.kind == "text")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A response under a condition: what gets one likelihood."""
+
+    prompt: tuple[Block, ...]
+    response: tuple[Block, ...]

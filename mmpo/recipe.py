@@ -1,0 +1,285 @@
+"""From files and the command line to one validated recipe, in which every value knows where it came from.
+
+Precedence: defaults of `mmpo.schema` < `base:` includes < the recipe file < `key=value` and `--set`, the last one winning.
+All errors are found before any is raised, each as `file:line:column field: problem (got ..., expected ...)`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, create_model
+
+from mmpo import yaml_source
+from mmpo.errors import RecipeError
+from mmpo.find import find, nearest
+from mmpo.schema import Recipe, Section, Term, recipe_class, section_at
+from mmpo.yaml_source import Keys, Mark
+
+Marks = dict[Keys, Mark]
+
+CONFIGS = Path(__file__).parent / "configs"
+BETA_DPO = 1000.0  # T of the denoisers' log-likelihood -(T/2) w(t) err: the papers' beta_dpo multiplies (1/2) w(t) err
+
+_SECRET_KEY = re.compile("token|key|secret|password", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"(hf_|sk-)\w{8,}")
+_BARE = re.compile(r"[A-Za-z_][\w./@-]*")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated recipe. marks: where each key path was set; what is missing there is a default.
+
+    allow_drift: keys that may differ from those of the checkpoint that a run resumes from.
+    """
+
+    recipe: Recipe
+    marks: Marks = field(default_factory=dict)
+    allow_drift: tuple[str, ...] = ()
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Where each leaf came from, e.g. {"train.lr": "diffusion.yaml:12", "seed": "command line", "out": "default"}."""
+        return {_dotted(keys): _source(self.marks.get(keys)) for keys in _leaves(self.recipe.model_dump(mode="json"))}
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = (), modality: str | None = None) -> Resolved:
+    """The recipe of a file or of a bare name in mmpo's configs; with only a modality, that modality's default recipe.
+
+    overrides: `key=value` strings with dotted keys, list items by number (`objective.0.beta=0.2`), values in YAML.
+    Does not look into the objective's losses, which would import torch: `check_objective` does. Raises RecipeError.
+    """
+    name = modality if path is None else str(path)
+    if name is None:
+        raise RecipeError("nothing to load: give a recipe (a file, or a name from `mmpo list configs`) or --modality")
+    layers = _Layers()
+    layers.read(name, Path())
+    if modality is not None:
+        layers.put(("modality",), modality)
+    for override in overrides:
+        layers.override(override)
+    schema: type[Recipe] = Recipe
+    try:
+        schema = recipe_class(str(layers.data.get("modality", "diffusion")))
+    except RecipeError as error:
+        layers.problems += [_line(layers.marks, ("modality",), p) for p in error.problems]
+    try:
+        recipe = schema.model_validate(layers.data)
+    except ValidationError as error:
+        layers.problems += _describe(error, schema, layers.marks)
+    if layers.problems:
+        raise RecipeError(layers.problems)
+    return Resolved(recipe, layers.marks)
+
+
+def check_objective(resolved: Resolved) -> None:
+    """Checks every term's loss and parameters against the loss's own signature. Imports the losses, hence torch."""
+    problems: list[str] = []
+    for i, term in enumerate(resolved.recipe.objective):
+        try:
+            loss_parameters(term, resolved.marks, ("objective", i))
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+
+
+def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> dict[str, Any]:
+    """The keyword arguments of a term's loss, validated, defaults filled in; beta_dpo becomes beta = beta_dpo / 1000.
+
+    marks, at: where the term stands, for messages. Raises RecipeError.
+    """
+    marks, given = marks or {}, dict(term.model_extra or {})
+    try:
+        schema = _loss_schema(find("losses", term.loss))
+    except RecipeError as error:
+        raise RecipeError([_line(marks, (*at, "loss"), p) for p in error.problems]) from None
+    problems = []
+    if {"beta", "beta_dpo"} <= given.keys():
+        problems.append(_line(marks, (*at, "beta_dpo"), "the same setting as beta, which is beta_dpo / 1000; give one of the two"))
+    try:
+        parameters = schema.model_validate(given).model_dump()
+    except ValidationError as error:
+        problems += _describe(error, schema, marks, at)
+    if problems:
+        raise RecipeError(problems)
+    beta_dpo = parameters.pop("beta_dpo", None)
+    return parameters if beta_dpo is None else parameters | {"beta": beta_dpo / BETA_DPO}
+
+
+def _loss_schema(loss: Any) -> type[Section]:
+    keywords = [p for p in inspect.signature(loss, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in keywords}
+    if "beta" in fields:
+        kind, default = fields["beta"]
+        fields["beta"] = (Annotated[kind, Field(gt=0)], default)
+        fields["beta_dpo"] = (Annotated[float, Field(gt=0)] | None, None)
+    return create_model(loss.__name__, __base__=Section, **fields)
+
+
+def dump(resolved: Resolved) -> str:
+    """The whole recipe as YAML that loads to the same recipe, each leaf with where it came from; secrets are masked."""
+    return "\n".join(_block(resolved.recipe.model_dump(mode="json"), (), resolved.marks)) + "\n"
+
+
+def _block(value: Any, keys: Keys, marks: Marks) -> Iterator[str]:
+    for key, item in _entries(value):
+        path = (*keys, key)
+        head = "-" if isinstance(value, list) else f"{_flow(key)}:"
+        if not _nests(item):
+            yield f"{head} {_flow(_masked(key, item))}  # {_source(marks.get(path))}"
+            continue
+        lines = list(_block(item, path, marks))
+        if head == "-":
+            yield f"- {lines.pop(0)}"
+        else:
+            yield head
+        yield from (f"  {line}" for line in lines)
+
+
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    return enumerate(value) if isinstance(value, list) else value.items()
+
+
+def _nests(value: Any) -> bool:
+    """Whether a value is written over several lines: a mapping, or a list that is not only scalars."""
+    return bool(value) and (isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)))
+
+
+def _leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
+    for key, item in _entries(value):
+        yield from _leaves(item, (*keys, key)) if _nests(item) else [(*keys, key)]
+
+
+def _flow(value: Any) -> str:
+    """A leaf in YAML's one-line form; text is left bare only where YAML 1.1 and 1.2 agree that it is text."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if isinstance(value, str) and not (_BARE.fullmatch(value) and value == yaml_source.scalar(value) == yaml.safe_load(value)):
+        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**31).strip()
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else "{}" if value == {} else str(value)
+
+
+def _masked(key: Any, value: Any) -> Any:
+    if value is not None and _SECRET_KEY.search(str(key)):
+        return "***"
+    return _SECRET_VALUE.sub("***", value) if isinstance(value, str) else value
+
+
+def _source(mark: Mark | None) -> str:
+    if mark is None:
+        return "default"
+    return f"{Path(mark.file).name}:{mark.line}" if mark.line else mark.file
+
+
+class _Layers:
+    """Recipes merged in order of precedence: mappings key by key, everything else as a whole."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
+        self.marks: Marks = {}
+        self.problems: list[str] = []
+
+    def read(self, name: str, folder: Path, including: tuple[Path, ...] = ()) -> None:
+        """Merges a file over what is there, its `base:` files first. name: relative to `folder`, or bare, in CONFIGS."""
+        path = folder / name if _is_path(name) else CONFIGS / f"{name}.yaml"
+        if not _is_path(name) and not path.is_file():
+            known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+            raise RecipeError(f"no recipe '{name}'{nearest(name, known)}; recipes: {', '.join(known) or 'none'}; a file ends in .yaml")
+        if path.resolve() in including:
+            raise RecipeError(f"{path}: base includes itself: {' -> '.join(p.name for p in (*including, path))}")
+        shown = str(path) if _is_path(name) else path.name
+        data, marks = yaml_source.load(path, shown)
+        if not isinstance(data, dict | None):
+            raise RecipeError(f"{marks[()]}: a recipe is a mapping of settings (got {type(data).__name__})")
+        data = data or {}
+        bases = data.pop("base", [])
+        for base in bases if isinstance(bases, list) else [bases]:
+            if not isinstance(base, str) or Path(base).is_absolute():
+                raise RecipeError(_line(marks, ("base",), f"wrong value (got {base!r}, expected a relative path or a recipe's name)"))
+            self.read(base, path.parent, (*including, path.resolve()))
+        self.merge(self.data, data, marks)
+
+    def merge(self, old: dict[str, Any], new: dict[str, Any], marks: Marks, at: Keys = ()) -> None:
+        for key, value in new.items():
+            keys = (*at, key)
+            if isinstance(value, dict) and isinstance(old.get(key), dict):
+                self.marks[keys] = marks[keys]
+                self.merge(old[key], value, marks, keys)
+            else:
+                old[key] = value
+                self._mark(keys, {k: m for k, m in marks.items() if k[: len(keys)] == keys})
+
+    def override(self, text: str) -> None:
+        """Sets one `key.key=value` of the command line."""
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            self.problems.append(f"command line: not a setting (got {text!r}, expected key=value)")
+            return
+        keys = tuple(int(k) if k.isdecimal() else k for k in key.split("."))
+        try:
+            self.put(keys, yaml_source.parse(value, key)[0] if value[:1] in tuple("[{\"'") else yaml_source.scalar(value))
+        except RecipeError as error:
+            self.problems += [f"command line {p}" for p in error.problems]
+
+    def put(self, keys: Keys, value: Any) -> None:
+        node: Any = self.data
+        for i, key in enumerate(keys):
+            if isinstance(node, list) and not (isinstance(key, int) and key < len(node)):
+                raise RecipeError(f"{_dotted(keys)}: no such item (got {key}, expected a number below {len(node)})")
+            if i == len(keys) - 1:
+                node[key] = value
+            elif not isinstance(node[key] if isinstance(node, list) else node.get(key), dict | list):
+                node[key] = {}
+            node = node[key]
+        self._mark(keys, {keys: Mark("command line")})
+
+    def _mark(self, keys: Keys, marks: Marks) -> None:
+        self.marks = {k: m for k, m in self.marks.items() if k[: len(keys)] != keys} | marks
+
+
+def _is_path(name: str) -> bool:
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def _line(marks: Marks, keys: Keys, problem: str) -> str:
+    """`place field: problem`; the place of a key that was not written is that of the nearest section that was."""
+    place = next((marks[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in marks), "default")
+    return f"{place} {_dotted(keys)}: {problem}"
+
+
+def _dotted(keys: Keys) -> str:
+    return ".".join(map(str, keys))
+
+
+def _describe(error: ValidationError, schema: type[Section], marks: Marks, at: Keys = ()) -> list[str]:
+    """pydantic's errors in this project's form."""
+    return [_line(marks, (*at, *e["loc"]), _problem(e, schema)) for e in error.errors(include_url=False)]
+
+
+def _problem(error: Any, schema: type[Section]) -> str:
+    *section, key = error["loc"]
+    message, given = error["msg"], error["input"]
+    got = _flow(_masked(key, given)) if not _nests(given) else f"a {type(given).__name__}"
+    if error["type"] == "missing":
+        return "missing, and it has no default"
+    if error["type"] == "extra_forbidden":
+        known = list(getattr(section_at(schema, section), "model_fields", ()))
+        return f"unknown key (got {key!r}, expected one of {', '.join(known)}){nearest(str(key), known)}"
+    if error["type"] == "value_error":
+        problem = str(error["ctx"]["error"])
+        return problem if "(got" in problem else f"{problem} (got {got})"
+    if not message.startswith("Input should be "):
+        return f"{message[0].lower()}{message[1:]} (got {got})"
+    expected = message.removeprefix("Input should be ").partition(", unable")[0]
+    expected = "a mapping of settings" if error["type"] == "model_type" else expected
+    advice = "; to make it text, quote it" if error["type"] == "string_type" and isinstance(given, int | float) else ""
+    choices = re.findall("'(.*?)'", expected)
+    return f"wrong value (got {got}, expected {expected}){nearest(str(given), choices)}{advice}"

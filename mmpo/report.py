@@ -1,0 +1,191 @@
+"""The run report: one self-contained HTML page that says what a run changed, and how far to trust it.
+
+It only reads the run folder (log.jsonl, summary.json, samples/, recipe.yaml), so it can be written again at any time and
+from a run that is still going: whatever is missing is left out of the page and named there. Pictures and curves are
+inlined; the page asks nothing of the network, runs no script, and the same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mmpo.curves import Record, curves, is_number
+
+GALLERY = 24  # picture pairs shown; the page says how many there are
+
+
+def write_report(run: Path) -> Path:
+    """Write run/report.html from what the run folder holds, and return its path.
+
+    Reads log.jsonl, summary.json, recipe.yaml and samples/ (sheet.png, base/*.png and aligned/*.png with the same
+    names); each may be missing. Raises ValueError when summary.json is not a JSON object.
+    """
+    summary = read_summary(run / "summary.json")
+    records, unreadable = read_log(run / "log.jsonl")
+    recipe = run / "recipe.yaml"
+    gallery, total = picture_pairs(run / "samples", summary)
+    sheet = run / "samples" / "sheet.png"
+    page = template().render(
+        summary=summary,
+        headline=headline(summary),
+        curves=curves(records, summary),
+        scores=score_rows(summary),
+        gallery=gallery,
+        pictures=total,
+        sheet=data_uri(sheet) if sheet.is_file() else None,
+        timesteps=timestep_rows(summary, records),
+        ledger=ledger_rows(summary, records, unreadable),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    )
+    target = run / "report.html"
+    part = run / ".report.html.part"
+    part.write_text(page, encoding="utf-8")
+    os.replace(part, target)
+    return target
+
+
+def template() -> jinja2.Template:
+    """The page's template, with autoescape: prompts are other people's text."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "percent": percent, "duration": duration}
+    return environment.from_string((resources.files("mmpo") / "report.html.j2").read_text(encoding="utf-8"))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """summary.json, or an empty mapping while the run has not written one."""
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        message = f"{path}:{error.lineno}: not valid JSON ({error.msg}); repeat the training command to rewrite it"
+        raise ValueError(message) from error
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(summary).__name__}")
+    return summary
+
+
+def read_log(path: Path) -> tuple[list[Record], int]:
+    """The records of a JSONL log and the number of lines that are none, such as a last line torn by a kill."""
+    records: list[Record] = []
+    unreadable = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            unreadable += 1
+    return records, unreadable
+
+
+# Words and numbers
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with `digits` decimals, anything else as it is; a missing or non-finite value is named, never blank."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "not measured" if value is None or isinstance(value, jinja2.Undefined) else str(value)
+    if not math.isfinite(value):
+        return "not finite"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def percent(value: Any) -> str:
+    """A fraction as a whole percentage."""
+    return f"{100 * value:.0f}\N{NO-BREAK SPACE}%" if is_number(value) else number(value)
+
+
+def duration(seconds: Any) -> str:
+    """Seconds in the two largest units that say something."""
+    if not is_number(seconds):
+        return number(seconds)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def headline(summary: Record) -> str:
+    """The verdict: the run's own words, else one sentence from its win rate."""
+    rate = summary.get("win_rate") or {}
+    if summary.get("verdict"):
+        return str(summary["verdict"])
+    if rate.get("value") is None:
+        return "The run has not been judged yet."
+    interval = f" (95 % interval {percent(rate.get('low'))} to {percent(rate.get('high'))})"
+    return f"The aligned model wins {percent(rate['value'])} of {rate.get('n', '?')} comparisons with its base{interval}."
+
+
+def score_rows(summary: Record) -> list[dict[str, Any]]:
+    """One row per measure of the base and the aligned model; `change` only where both are numbers."""
+    base, aligned = summary.get("base") or {}, summary.get("aligned") or {}
+    names = {"score": f"{summary.get('judge', 'judge')}, mean score", "correct": "exactly right", "diversity": "diversity"}
+    rows = []
+    for key in dict.fromkeys((*base, *aligned)):
+        before, after = base.get(key), aligned.get(key)
+        change = f"{after - before:+.3f}" if is_number(before) and is_number(after) else ""
+        rows.append({"name": names.get(key, key), "base": before, "aligned": after, "change": change})
+    return rows
+
+
+def timestep_rows(summary: Record, records: Sequence[Record]) -> Sequence[Record]:
+    """Held-out accuracy and margin by part of the noise schedule: of the summary, else of the newest evaluation."""
+    logged = [r["eval/by_time"] for r in records if r.get("eval/by_time")]
+    return summary.get("by_timestep") or (logged[-1] if logged else [])
+
+
+def ledger_rows(summary: Record, records: Sequence[Record], unreadable: int) -> list[tuple[str, Any]]:
+    """What went in and what became of it: pairs by split, rows by what happened to them, log lines."""
+    rows = [*flat("pairs", summary.get("pairs") or {}), *flat("", summary.get("ledger") or {})]
+    rows.append(("log records", len(records)))
+    if unreadable:
+        rows.append(("log lines that could not be read and are not in the curves", unreadable))
+    return rows
+
+
+def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, each with its path in words."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(f"{name}, {key}" if name else str(key), inner)
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value)) or "none"
+    else:
+        yield name, value
+
+
+# Pictures
+
+
+def data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def picture_pairs(samples: Path, summary: Record) -> tuple[list[dict[str, str]], int]:
+    """Base and aligned pictures of the same name, the first GALLERY of them with captions, and how many there are.
+
+    Captions: `summary["prompts"]`, in the order of the file names or by file stem; else the file stem.
+    """
+    names = sorted(p.name for p in (samples / "base").glob("*.png") if (samples / "aligned" / p.name).is_file())
+    prompts = summary.get("prompts") or []
+    by_stem = prompts if isinstance(prompts, Mapping) else dict(zip((Path(n).stem for n in names), prompts, strict=False))
+    shown = [
+        {
+            "prompt": str(by_stem.get(Path(name).stem, Path(name).stem)),
+            "base": data_uri(samples / "base" / name),
+            "aligned": data_uri(samples / "aligned" / name),
+        }
+        for name in names[:GALLERY]
+    ]
+    return shown, len(names)

@@ -1,0 +1,88 @@
+"""What a modality returns (Scores), what a loss reads (Side) and what it returns (Losses)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Scores:
+    """Likelihoods of one branch under one model.
+
+    logp: (B, U) fp32 nats, additive over units. For denoisers a surrogate: -(T/2) w(t) err, T = 1000.
+    mask: (B, U) bool, the units that count; an all-false row is a side this pair does not have.
+    extras: further (B, U) or (B,) tensors a loss may ask for by name in its NEEDS, e.g. `err`, the mean squared
+        error of a denoiser in its native target.
+    """
+
+    logp: Tensor
+    mask: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Side:
+    """One branch, reduced over its units: what a loss reads. All tensors (B,) fp32 on the model's device.
+
+    logp: log-likelihood under the policy, with gradient. ref: under the reference, detached; None without a reference.
+    length: number of units counted. present: false where the pair has no such side.
+    weight, margin, label, score: the row's own (see `Pair`); for the side of an unpaired loss `label` is 1 for
+    desirable and 0 for undesirable rows. extras: reduced extras of `Scores`.
+    """
+
+    logp: Tensor
+    ref: Tensor | None
+    length: Tensor
+    present: Tensor
+    weight: Tensor
+    margin: Tensor
+    label: Tensor
+    score: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    link: str = "reverse_kl"
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log pi(y|x) - log ref(y|x), (B,) nats."""
+        if self.ref is None:
+            raise ValueError("this loss compares with a reference, but the reference is 'none': set reference.kind, e.g. start")
+        return self.logp - self.ref
+
+    @property
+    def ratio(self) -> Tensor:
+        """The log-ratio through the objective's link (the identity for reverse KL), (B,)."""
+        from mmpo.links import apply
+
+        return apply(self.link, self.log_ratio)
+
+    @property
+    def mean_ratio(self) -> Tensor:
+        """The ratio per counted unit, (B,)."""
+        return self.ratio / self.length.clamp(min=1)
+
+    @property
+    def mean_logp(self) -> Tensor:
+        """log-likelihood per counted unit, (B,)."""
+        return self.logp / self.length.clamp(min=1)
+
+
+@dataclass
+class Losses:
+    """Per-pair results of one loss. loss: (B,), with gradient; rewards: detached (B,), for the log (TRL's names)."""
+
+    loss: Tensor
+    chosen_reward: Tensor | None = None
+    rejected_reward: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def side(logp: Tensor, ref: Tensor | None = None, length: Tensor | None = None, **row: Tensor) -> Side:
+    """A Side from bare numbers, with neutral defaults for everything else: for tests and for use as a library."""
+    one = torch.ones_like(logp.detach())
+    defaults = {"weight": one, "margin": 0 * one, "label": one, "score": 0 * one}
+    extras = {k: v for k, v in row.items() if k not in defaults}
+    given = {k: row.get(k, v) for k, v in defaults.items()}
+    return Side(logp, ref, one if length is None else length, one.bool(), **given, extras=extras)

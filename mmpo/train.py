@@ -1,0 +1,316 @@
+"""The one training loop, for every modality, loss and reference.
+
+    order -> encode -> draw -> score policy, score reference -> objective -> backward -> step -> log, evaluate, checkpoint
+
+Everything random is a function of (seed, pair, draw index), the order of (seed, epoch), the learning rate of the step:
+there is no hidden state, so a killed run that is started again with the same command ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmpo import checkpoint, evaluate
+from mmpo import reference as references
+from mmpo.diagnosis import diagnose
+from mmpo.errors import RunFailed
+from mmpo.evaluate import Judge, Trial
+from mmpo.modality import DrawKey, Modality
+from mmpo.objective import Objective, Result, rows_of
+from mmpo.pair import Pair
+from mmpo.reference import Cached, Reference, Values, trainable, unwrap
+from mmpo.runlog import RunLog, read
+from mmpo.schema import Recipe
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside tensors. best_*: the evaluation with the best selection metric so far."""
+
+    step: int = 0
+    best_step: int = 0
+    best_metric: float = -math.inf
+    base_metric: float = -math.inf
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    base_scores: list[float] = field(default_factory=list)  # the judge's scores of the base's samples, for win rates
+
+
+@dataclass
+class Run:
+    """Everything a run holds. `train` is the loop over it; `mmpo.launch` builds it from a recipe."""
+
+    recipe: Recipe
+    folder: Any
+    accelerator: Accelerator
+    modality: Modality
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    reference: Reference | Cached | None
+    objective: Objective
+    pairs: list[Pair]
+    heldout: list[Pair]
+    judge: Judge | None
+    select: list[Trial]
+    log: RunLog
+    ema: Values | None = None
+    progress: Progress = field(default_factory=Progress)
+
+def order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The permutation of one epoch: a pure function, the same for any number of devices or workers."""
+    digest = hashlib.sha256(f"order\0{seed}\0{epoch}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:8], "big"))).permutation(size)
+
+
+def batch_of(run: Run, step: int, micro: int) -> tuple[list[Pair], list[DrawKey]]:
+    """The pairs of one forward pass on this device, with the keys of their draws."""
+    spec, world = run.recipe.train, run.accelerator.num_processes
+    first = ((step * spec.accumulate + micro) * world + run.accelerator.process_index) * spec.batch_size
+    pairs, keys = [], []
+    for position in range(first, first + spec.batch_size):
+        epoch, place = divmod(position, len(run.pairs))
+        pair = run.pairs[int(_order(run.recipe.seed, epoch, len(run.pairs))[place])]
+        index = epoch if spec.draws_per_pair is None else epoch % spec.draws_per_pair
+        pairs.append(pair)
+        keys.append(DrawKey(run.recipe.seed, pair.id, index))
+    return pairs, keys
+
+
+_ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    key = (seed, epoch, size)
+    if key not in _ORDERS:
+        _ORDERS.clear()
+        _ORDERS[key] = order(*key)
+    return _ORDERS[key]
+
+
+def learning_rate(spec: Any, step: int) -> float:
+    """Linear warm-up, then constant, or down to 0 linearly or by a cosine at the last step. A function of the step alone."""
+    if step < spec.warmup:
+        return spec.lr * (step + 1) / spec.warmup
+    done = (step - spec.warmup) / max(1, spec.steps - spec.warmup)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return spec.lr * shape[spec.schedule]
+
+
+def forward(run: Run, step: int, micro: int) -> tuple[Result, Any, list[Pair]]:
+    """Draw one batch and score it under both models. Raises RunFailed naming the pairs whose loss is not finite."""
+    pairs, keys = batch_of(run, step, micro)
+    batch = draw(run, pairs, keys)
+    with run.accelerator.autocast():
+        policy = run.modality.score(run.model, batch)
+        ref = references.score(run.reference, run.modality, run.model, batch)
+    result = run.objective(policy, ref, rows_of(pairs, batch.device))
+    result.loss = result.loss * rows_of(pairs, batch.device).weight
+    _displacement(result, policy, ref)
+    return result, batch, pairs
+
+
+def draw(run: Run, pairs: list[Pair], keys: list[DrawKey]) -> Any:
+    """Encode and draw. Inversion by the reference, where the recipe asks for it, sees the reference's module."""
+    by_reference = run.recipe.draw.mode in ("inversion", "renoise") and run.recipe.draw.inversion_model == "reference"
+    context = run.reference.active(run.model) if by_reference and run.reference else contextlib.nullcontext(run.model)
+    with context as module:
+        return run.modality.draw(run.modality.encode(pairs), keys, module)
+
+
+def train(run: Run) -> None:
+    """Run the loop from `run.progress.step` to the last step."""
+    spec, state, start = run.recipe.train, run.progress, time.monotonic()
+    bar = tqdm(total=spec.steps, initial=state.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
+    while state.step < spec.steps:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(spec, state.step)
+        metrics = optimize(run)
+        state.step += 1
+        _averages(run)
+        run.log.append({"event": "train", "step": state.step, **metrics, "lr": learning_rate(spec, state.step - 1)})
+        run.accelerator.log(metrics, step=state.step)
+        last = state.step == spec.steps
+        if state.step % run.recipe.eval.every == 0 or last:
+            evaluate_now(run)
+        if state.step % spec.save_every == 0 or last:
+            state.seconds, start = state.seconds + time.monotonic() - start, time.monotonic()
+            save(run)
+        bar.update()
+        bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in _SHOWN.items() if m in metrics})
+    bar.close()
+
+
+_SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+
+
+def optimize(run: Run) -> dict[str, float]:
+    """One optimizer step over `accumulate` forward passes. A step with a loss or gradient that is not finite is refused."""
+    spec, collected = run.recipe.train, []
+    run.optimizer.zero_grad(set_to_none=True)
+    for micro in range(spec.accumulate):
+        result, batch, pairs = forward(run, run.progress.step, micro)
+        bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
+        if bad:
+            return _refused(run, f"the loss of pair {', '.join(bad[:5])} is not finite")
+        with _sync(run, last=micro == spec.accumulate - 1):
+            run.accelerator.backward(result.loss.mean() / spec.accumulate)
+        collected.append(_means(result, batch))
+    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), spec.clip)
+    if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
+        return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
+    run.optimizer.step()
+    return _merge(collected) | {"grad_norm": float(norm)}
+
+
+def _refused(run: Run, what: str) -> dict[str, float]:
+    if run.recipe.train.on_nonfinite == "stop":
+        raise RunFailed(
+            f"step {run.progress.step + 1}: {what}; the step was not applied. Try a smaller train.lr or beta, "
+            "train.precision: bf16 or fp32, or train.on_nonfinite: skip"
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.progress.skipped_steps += 1
+    tqdm.write(f"step {run.progress.step + 1} skipped: {what}")
+    return {"skipped": 1.0}
+
+
+def _sync(run: Run, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients travel between devices once per optimizer step, with its last forward pass."""
+    return contextlib.nullcontext() if last else run.accelerator.no_sync(run.model)
+
+
+def _displacement(result: Result, policy: Any, ref: Any) -> None:
+    """How far each branch fell below the reference, in nats: a positive `displacement/chosen` is likelihood displacement."""
+    if ref is not None:
+        for branch in policy:
+            result.metrics[f"displacement/{branch}"] = (ref[branch].logp - policy[branch].logp).detach().sum(-1)
+
+
+def _means(result: Result, batch: Any) -> dict[str, Tensor]:
+    """Batch means, and accuracy and margin by place on the schedule, as (sum, count) so that batches can be merged."""
+    out = {"loss": result.loss.detach()} | result.metrics
+    means = {k: torch.stack([v.double().sum(), torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]) for k, v in out.items()}
+    if "rewards/margins" in out and hasattr(batch, "time"):
+        bucket = (batch.time * evaluate.BUCKETS).long().clamp(max=evaluate.BUCKETS - 1)
+        for b in range(evaluate.BUCKETS):
+            inside = (bucket == b).double()
+            for name in ("accuracies", "margins"):
+                means[f"t{b}/{name}"] = torch.stack([(out[f"rewards/{name}"] * inside).sum(), inside.sum()])
+    return means
+
+
+def _merge(collected: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over the forward passes of a step, with one transfer from the device for all of them."""
+    names = list(collected[0])
+    total = torch.stack([torch.stack([c[n] for n in names]) for c in collected]).sum(0).cpu()
+    return {n: float(s / c) for n, (s, c) in zip(names, total, strict=True) if c > 0}
+
+
+def _averages(run: Run) -> None:
+    for values in (run.ema, run.reference):
+        if isinstance(values, Values):
+            values.update(run.model, run.progress.step)
+
+
+@contextlib.contextmanager
+def averaged(run: Run) -> Iterator[nn.Module]:
+    """The module to evaluate and export: the moving average where the recipe keeps one."""
+    with run.ema.active(run.model) if run.ema else contextlib.nullcontext(run.model) as module:
+        yield module
+
+
+def evaluate_now(run: Run) -> None:
+    """Held-out pair accuracy and the judge's score of fresh samples; keeps the best weights so far under best/."""
+    state, spec = run.progress, run.recipe.eval
+    with averaged(run) as module:
+        record: dict[str, Any] = {"event": "eval", "step": state.step}
+        if run.heldout:
+            found = evaluate.pair_accuracy(run.modality, module, run.reference, run.heldout, run.recipe.seed, spec.draws)
+            record |= {"eval/pair_accuracy": found["accuracy"], "eval/margin": found["margin"], "eval/by_time": found["by_time"]}
+            record |= {f"eval/drift_{b}": v for b, v in found["drift"].items()}
+        if run.judge and run.select:
+            samples = evaluate.sample(run.modality, module, run.judge, run.select)
+            state.base_scores = state.base_scores or samples.scores.tolist()
+            wins = evaluate.win_rate(samples.scores, np.array(state.base_scores), spec.seeds)
+            summary = samples.summary()
+            record |= {"eval/judge": summary.pop("score")} | {f"eval/{k}": v for k, v in summary.items()}
+            record |= {"eval/win_rate": wins["value"], "eval/win_low": wins["low"], "eval/win_high": wins["high"]}
+        metric = record.get("eval/judge", record.get("eval/pair_accuracy", -math.inf))
+        run.log.append(record)
+        run.accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=state.step)
+        if state.step == 0:
+            state.base_metric = metric
+        elif metric > state.best_metric:
+            state.best_step, state.best_metric = state.step, metric
+            if run.accelerator.is_main_process:
+                _keep_best(run)
+    tqdm.write(_line(record))
+    for flag in diagnose(read(run.log.path)):
+        tqdm.write(f"  ! {flag.name}: {flag.text}. Try: {flag.advice}.")
+
+
+def _keep_best(run: Run) -> None:
+    (run.folder / "best").mkdir(exist_ok=True)
+    checkpoint.write_atomic(run.folder / "best" / "policy.safetensors", checkpoint.to_bytes(policy_tensors(run.model)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    names = {"eval/judge": "judge", "eval/correct": "correct", "eval/win_rate": "wins over base", "eval/pair_accuracy": "pair accuracy"}
+    return f"  step {record['step']:>5}  " + "  ".join(f"{label} {record[k]:.3f}" for k, label in names.items() if k in record)
+
+
+def policy_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in trainable(unwrap(model)).items()}
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
+    names = {p: n for n, p in trainable(unwrap(run.model)).items()}
+    optimizer, groups = checkpoint.pack_optimizer(run.optimizer, names)
+    tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": checkpoint.rng_state()}
+    tensors |= {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
+    meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
+    if run.accelerator.scaler is not None:
+        meta["scaler"] = run.accelerator.scaler.state_dict()
+    if run.accelerator.is_main_process:
+        checkpoint.save(run.folder / "checkpoints", run.progress.step, tensors, meta, keep=run.recipe.train.keep)
+
+
+def resume(run: Run) -> bool:
+    """Continue from the newest whole checkpoint, if there is one; the log is cut back to it."""
+    found = checkpoint.load_latest(run.folder / "checkpoints")
+    if found is None:
+        run.log.truncate(0)
+        return False
+    with torch.no_grad():
+        for name, parameter in trainable(unwrap(run.model)).items():
+            parameter.copy_(found.tensors["policy"][name])
+    names = {p: n for n, p in trainable(unwrap(run.model)).items()}
+    checkpoint.unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
+    for name, values in (("ema", run.ema), ("reference", _moving(run))):
+        if values is not None:
+            values.values = {k: v.to(run.accelerator.device) for k, v in found.tensors[name].items()}
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(found.meta["scaler"])
+    checkpoint.restore_rng(found.tensors["rng"])
+    run.progress = Progress(**found.meta["progress"])
+    run.log.truncate(found.meta["log_offset"])
+    tqdm.write(f"resumed at step {run.progress.step} from {found.path.name}")
+    return True
+
+
+def _moving(run: Run) -> Values | None:
+    inner = run.reference.inner if isinstance(run.reference, Cached) else run.reference
+    return inner if isinstance(inner, Values) else None

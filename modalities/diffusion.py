@@ -1,0 +1,309 @@
+"""Image diffusion and flow models: SD, SDXL, PixArt, SD3, FLUX, Sana, and class-conditional pixel UNets.
+
+The likelihood is a surrogate: for latents x0, time t and noise eps,
+
+    logp = -(T/2) w(t) err,   err = mean((prediction - target)^2) in the model's native target,   T = 1000,
+
+so that the token losses apply unchanged: `dpo` with beta is Diffusion-DPO (arXiv 2311.12908 eq. 14) with
+beta_dpo = 1000 beta, and its coefficient on the margin of mean squared errors is kappa = 500 beta. Winner and loser
+share (t, eps), and so do policy and reference: all of it is drawn once, in `draw`, from (seed, pair, draw index) alone.
+
+    draw.mode   shared        Diffusion-DPO: x_t = a(t) x0 + s(t) eps, one (t, eps) for both members
+                independent   one (t, eps) per member: unpaired losses (Diffusion-KTO)
+                inversion     DDIM-InPO: x_t by deterministic inversion, the target is the noise it implies
+                renoise       SmPO: the same by ReNoise steps that average two predictions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmpo.cache import Cache, key
+from mmpo.media import open_image
+from mmpo.modalities import families
+from mmpo.modalities.diffusion_config import ModelConfig
+from mmpo.modalities.inversion import invert
+from mmpo.modality import DrawKey
+from mmpo.pair import Block, Pair, image, text
+from mmpo.schema import DrawConfig
+from mmpo.scores import Scores
+
+T = 1000.0
+SAMPLE_BATCH = 64
+EMBEDDED = Path(__file__).resolve().parent.parent / "mmpo" / "assets" / "shapes"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One pair after the frozen encoders. latents: (C, H, W) by branch, absent where the pair lacks that side."""
+
+    digest: str
+    latents: dict[str, Tensor]
+    condition: dict[str, Tensor]
+    empty: dict[str, Tensor]
+    sizes: dict[str, tuple[int, ...]]  # SDXL's micro-conditions of each member: original size, crop, target size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything `score` needs, and nothing random. N rows: the chosen members, then the rejected ones.
+
+    noisy, target: (N, C, H, W) fp32. t: (N,) model time. weight: (N,) w(t). rows: pair index of each row, by branch.
+    time: (B,) in [0, 1), the place on the noise schedule, for reports per bucket. keys: what each pair's draw is.
+    """
+
+    noisy: Tensor
+    target: Tensor
+    t: Tensor
+    weight: Tensor
+    condition: Any
+    rows: dict[str, Tensor]
+    time: Tensor
+    keys: tuple[bytes, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.noisy.device
+
+
+class Adapter:
+    """The diffusion modality (see `mmpo.modality.Modality`)."""
+
+    PROVIDES = frozenset({"err"})
+    branches = ("chosen", "rejected")
+
+    def __init__(self, config: ModelConfig, draw: DrawConfig, cache: Cache, device: torch.device, prompt_dropout: float = 0.0):
+        self.config, self.spec, self.cache, self.device, self.prompt_dropout = config, draw, cache, device, prompt_dropout
+        self.loaded = families.load(
+            str(EMBEDDED) if config.path == "embedded" else config.path,
+            family=config.family,
+            dtype=_DTYPES[config.dtype],
+            allow_download=config.allow_download,
+        )
+        self.loaded.pipe.to(device)
+        self.resolution = config.resolution or self.loaded.resolution
+        self.starts_from_adapter = bool(config.lora.path)
+        self.model = self._trainable()
+        self._encoders = self.loaded.digest()
+        if draw.mode == "renoise" and self.loaded.process.target not in ("epsilon", "flow"):
+            raise ValueError(f"draw.mode: renoise averages two predictions, which has a meaning for eps and flow models; this one predicts {self.loaded.process.target}: use inversion")
+
+    def _trainable(self) -> nn.Module:
+        denoiser = self.loaded.denoiser.eval()  # dropout off: policy and reference must be one function at the start
+        if self.config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+            denoiser.train()
+            for module in denoiser.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        if self.config.adapter == "full":
+            return denoiser.requires_grad_(True).float()
+        return families.add_lora(self.loaded, self.config.lora)
+
+    def load_reference(self, path: str) -> nn.Module:
+        """The denoiser of another directory, for reference.kind: path."""
+        other = families.load(path, family=self.loaded.family, dtype=torch.float32, allow_download=self.config.allow_download)
+        return other.denoiser.to(self.device)
+
+    # ---- encode: frozen, cached by content
+
+    @torch.no_grad()
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        pictures = {b.digest: b for p in pairs for side in (p.chosen, p.rejected) for b in side}
+        latents = self._cached("latents", list(pictures), lambda ds: self._encode_images([pictures[d] for d in ds]))
+        prompts = list(dict.fromkeys(["", *(p.caption for p in pairs)]))
+        conditions = self._cached("prompt", prompts, self.loaded.encode_prompts)
+        return [self._encoded(p, latents, conditions) for p in pairs]
+
+    def _encoded(self, pair: Pair, latents: dict[str, dict], conditions: dict[str, dict]) -> Encoded:
+        sides = {name: latents[getattr(pair, name)[0].digest] for name in self.branches if getattr(pair, name)}
+        digest = hashlib.sha256("\0".join([pair.caption, *(f"{n}:{getattr(pair, n)[0].digest}" for n in sides)]).encode())
+        return Encoded(
+            digest.hexdigest(),
+            {name: s["latent"] for name, s in sides.items()},
+            conditions[pair.caption],
+            conditions[""],
+            {name: tuple(s["size"].tolist()) for name, s in sides.items()},
+        )
+
+    def _cached(self, what: str, items: list[str], compute: Any) -> dict[str, dict[str, Tensor]]:
+        """Results by item, computed once per distinct content and encoder and then read from disk."""
+        keys = [key(what, self._encoders, self.resolution, self.spec.vae, item) for item in items]
+        found = dict(zip(items, self.cache.get_many(keys), strict=True))
+        missing = [item for item in items if found[item] is None]
+        for start in range(0, len(missing), SAMPLE_BATCH):
+            chunk = missing[start : start + SAMPLE_BATCH]
+            results = [{k: v.cpu().contiguous() for k, v in r.items()} for r in compute(chunk)]
+            found.update(zip(chunk, results, strict=True))
+            of = dict(zip(items, keys, strict=True))
+            self.cache.put_many([(of[i], r) for i, r in zip(chunk, results, strict=True)])
+        return found  # type: ignore[return-value]
+
+    def _encode_images(self, blocks: list[Block]) -> list[dict[str, Tensor]]:
+        pixels, sizes = zip(*(_fit(open_image(b), self.resolution) for b in blocks), strict=True)
+        seed = int.from_bytes(hashlib.sha256(b"".join(b.digest.encode() for b in blocks)).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(seed)
+        latents = self.loaded.encode_images(torch.stack(pixels).to(self.device), self.spec.vae, generator)
+        return [{"latent": z.float(), "size": torch.tensor(s)} for z, s in zip(latents, sizes, strict=True)]
+
+    # ---- draw: the only place with randomness
+
+    @torch.no_grad()
+    def draw(self, encoded: Sequence[Encoded], keys: Sequence[DrawKey], model: nn.Module) -> Batch:
+        draws = [_Draw(k, self.spec, self.prompt_dropout) for k in keys]
+        rows = {b: torch.tensor([i for i, e in enumerate(encoded) if b in e.latents], dtype=torch.long) for b in self.branches}
+        members = [(b, int(i)) for b in self.branches for i in rows[b]]
+        clean = torch.stack([encoded[i].latents[b] for b, i in members]).to(self.device)
+        own = self.spec.mode == "independent"
+        time = torch.stack([draws[i].time(b if own else "") for b, i in members]).to(self.device)
+        noise = torch.stack([draws[i].noise(clean.shape[1:], b if own else "") for b, i in members]).to(self.device)
+        dropped = [encoded[i].empty if draws[i].dropped else encoded[i].condition for _, i in members]
+        condition = self.loaded.collate(dropped, [encoded[i].sizes[b] for b, i in members])
+        t = self.loaded.process.time(time)
+        if self.spec.mode in ("inversion", "renoise"):
+            seeds = [draws[i].seed("eta/" + b) for b, i in members]
+            t, noisy, noise = invert(self.loaded, model, clean, time, condition, seeds, self.spec)
+        else:
+            noisy = self.loaded.process.add_noise(clean, noise, t)
+        target = self.loaded.process.target_of(clean, noise, t)
+        pair_time = torch.stack([d.time("chosen" if own else "") for d in draws]).to(self.device)
+        stamp = repr(self.spec) + repr(self.prompt_dropout) + self._encoders + str(self.resolution)
+        names = tuple(key("draw", stamp, e.digest, k.seed, k.sample, k.index) for e, k in zip(encoded, keys, strict=True))
+        weight = self._weight(t)
+        return Batch(noisy, target, t, weight, condition, {b: r.to(self.device) for b, r in rows.items()}, pair_time, names)
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """w(t) on the native error: constant (the published choice), eps-equivalent, or min-SNR (arXiv 2303.09556)."""
+        process = self.loaded.process
+        if self.spec.weight == "constant":
+            return torch.ones_like(t, dtype=torch.float32)
+        if self.spec.weight == "eps":
+            return process.eps_weight(t).float()
+        snr = process.snr(t).float()
+        return process.eps_weight(t).float() * snr.clamp(max=self.spec.min_snr_gamma) / snr.clamp(min=1e-8)
+
+    # ---- score: pure
+
+    def score(self, model: nn.Module, batch: Batch) -> dict[str, Scores]:
+        output = self.loaded.denoise(model, batch.noisy, batch.t, batch.condition)
+        err = (output.float() - batch.target).square().flatten(1).mean(1)  # fp32 before the square: beta amplifies rounding
+        logp = -(T / 2) * batch.weight * err
+        scores, start = {}, 0
+        for branch, rows in batch.rows.items():
+            part = slice(start, start + len(rows))
+            scores[branch] = _scatter(logp[part], err[part], rows, len(batch.keys))
+            start += len(rows)
+        return scores
+
+    # ---- sample, describe, save
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
+        captions = [" ".join(str(b.data) for b in p if b.kind == "text") for p in prompts]
+        conditions = self._cached("prompt", list(dict.fromkeys(["", *captions])), self.loaded.encode_prompts)
+        blocks: list[Block] = []
+        for start in range(0, len(captions), SAMPLE_BATCH):
+            part = slice(start, start + SAMPLE_BATCH)
+            blocks += self._sample([conditions[c] for c in captions[part]], conditions[""], seeds[part], model)
+        return blocks
+
+    def _sample(self, conditions: list[dict], empty: dict, seeds: Sequence[int], model: nn.Module) -> list[Block]:
+        size = (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
+        shape = self.loaded.latent_shape(self.resolution)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
+        latents = self.loaded.sample(
+            model,
+            self.loaded.collate(conditions, [size] * len(conditions)),
+            noise,
+            steps=self.config.sample_steps,
+            guidance=self.config.guidance,
+            uncond=self.loaded.collate([empty] * len(conditions), [size] * len(conditions)),
+        )
+        pixels = (self.loaded.decode(latents).float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [image(p) for p in pixels]
+
+    def describe(self, beta: float) -> str:
+        return f"beta {beta:g} = beta_dpo {1000 * beta:g}: kappa {500 * beta:g} on the margin of mean squared errors ({self.loaded.process.target})"
+
+    def dummy(self) -> list[Pair]:
+        rng = np.random.default_rng(0)
+        noise = [image(rng.integers(0, 255, (self.resolution, self.resolution, 3), dtype=np.uint8)) for _ in range(4)]
+        return [Pair(f"dummy{i}", (text("a picture"),), (noise[2 * i],), (noise[2 * i + 1],)) for i in range(2)]
+
+    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+        if self.config.adapter == "full":
+            self.loaded.save_full(folder)
+        else:
+            self.loaded.save_lora(model, folder)
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Draw:
+    """The random numbers of one draw: each stream is seeded by what it is for, so none depends on another's use."""
+
+    def __init__(self, key: DrawKey, spec: DrawConfig, prompt_dropout: float):
+        self.key, self.spec = key, spec
+        self.dropped = prompt_dropout > 0 and bool(torch.rand((), generator=self._stream("prompt")) < prompt_dropout)
+
+    def seed(self, purpose: str) -> int:
+        name = f"{self.key.seed}\0{self.key.sample}\0{self.key.index}\0{purpose}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+    def _stream(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed(purpose))
+
+    def time(self, member: str) -> Tensor:
+        """Place on the noise schedule in [0, 1), by the recipe's density."""
+        stream = self._stream("time/" + member)
+        if self.spec.timesteps == "logit_normal":
+            place = torch.sigmoid(self.spec.logit_mean + self.spec.logit_std * torch.randn((), generator=stream))
+        elif self.spec.timesteps == "grid":  # a low-discrepancy walk over the draws of one pair
+            offset = torch.rand((), generator=torch.Generator().manual_seed(self._first()))
+            place = (offset + self.key.index * 0.6180339887498949) % 1.0
+        else:
+            place = torch.rand((), generator=stream)
+        return (self.spec.t_min + (self.spec.t_max - self.spec.t_min) * place).clamp(max=1 - 1e-6)
+
+    def _first(self) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.key.seed}\0{self.key.sample}\0grid".encode()).digest()[:7], "big")
+
+    def noise(self, shape: torch.Size, member: str) -> Tensor:
+        return torch.randn(shape, generator=self._stream("noise/" + member))
+
+
+def _scatter(logp: Tensor, err: Tensor, rows: Tensor, pairs: int) -> Scores:
+    """(rows,) values to (B, 1), with the mask false where a pair has no such side."""
+    mask = torch.zeros(pairs, dtype=torch.bool, device=logp.device).index_fill(0, rows, True)
+    zero = torch.zeros(pairs, device=logp.device)
+    return Scores(zero.index_copy(0, rows, logp)[:, None], mask[:, None], {"err": zero.index_copy(0, rows, err)[:, None]})
+
+
+def _fit(picture: Image.Image, size: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Short side to `size` (Lanczos), centre crop. Returns (3, size, size) in [-1, 1] and SDXL's size numbers."""
+    width, height = picture.size
+    scale = size / min(width, height)
+    scaled = picture.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.LANCZOS)
+    top, left = (scaled.height - size) // 2, (scaled.width - size) // 2
+    pixels = np.asarray(scaled.crop((left, top, left + size, top + size)), dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), (height, width, top, left, size, size)
+
+
+def to_png(block: Block) -> bytes:
+    """A sampled image block as PNG bytes."""
+    if isinstance(block.data, bytes):
+        return block.data
+    out = io.BytesIO()
+    Image.fromarray(block.data).save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,114 @@
+"""Policies of the house as tests: the layout that works everywhere, the direction of dependencies, and names.
+
+The arrangement and what happens without it: docs/architecture.md, "Layout".
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("modalities", "datasets", "configs")
+CORE = sorted((ROOT / "mmpo").glob("*.py"))
+CODE = [*CORE, *(p for room in ("mmpo/losses", "mmpo/judges", *ROOMS) for p in sorted((ROOT / room).rglob("*.py")))]
+
+# Core files that may name a room's module when they are imported. Empty: the core asks `mmpo.find` instead.
+ROOM_IMPORTS_ALLOWED: dict[str, set[str]] = {}
+VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "handler", "tools"}
+
+
+def test_bare_datasets_is_hugging_face() -> None:
+    code = "import datasets; print(datasets.__file__)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "site-packages" in out.stdout
+
+
+def test_rooms_have_no_init() -> None:
+    rooms = [ROOT / room for room in (*ROOMS, "mmpo/losses", "mmpo/judges")]
+    assert [p for room in rooms for p in room.rglob("__init__.py")] == []
+    assert not (ROOT / "__init__.py").exists() and not (ROOT / "conftest.py").exists()
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_every_folder_of_code_is_packaged() -> None:
+    toml = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(toml["tool"]["setuptools"]["packages"])
+    folders = {file.parent.relative_to(ROOT).parts for file in CODE}
+    on_disk = {".".join(parts if parts[0] == "mmpo" else ("mmpo", *parts)) for parts in folders}
+    assert on_disk - listed == set(), "add these to [tool.setuptools] packages in pyproject.toml"
+    mapped = toml["tool"]["setuptools"]["package-dir"]
+    assert mapped == {f"mmpo.{room}": room for room in ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_links_lead_to_the_rooms_and_are_relative(room: str) -> None:
+    link = ROOT / "mmpo" / room
+    assert link.is_symlink() and os.readlink(link) == f"../{room}"
+    assert link.resolve() == ROOT / room
+
+
+@pytest.mark.parametrize("room", ["losses", "judges", *ROOMS])
+def test_rooms_are_importable_as_namespaces(room: str) -> None:
+    module = importlib.import_module(f"mmpo.{room}")
+    assert module.__file__ is None
+    assert ROOT / "mmpo" / room in [Path(p) for p in module.__path__]
+
+
+def test_no_vague_file_names() -> None:
+    tests = [p for p in (ROOT / "tests").rglob("*.py") if not p.name.startswith("test_")]
+    assert [p for p in [*CODE, *tests] if p.stem in VAGUE or p.stem.startswith("base_")] == []
+
+
+def test_test_files_have_distinct_names() -> None:
+    """pytest imports them by their bare name, because tests/ holds no packages."""
+    counts = Counter(p.name for p in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, n in counts.items() if n > 1] == []
+
+
+def imported(nodes: list[ast.stmt]) -> Iterator[str]:
+    """Modules that executing these statements imports; bodies of functions run later and do not count."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            yield from imported([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_core_knows_no_room(path: Path) -> None:
+    names = set(imported(ast.parse(path.read_text(encoding="utf-8")).body))
+    rooms = tuple(f"mmpo.{room}" for room in ("modalities", "datasets", "losses", "judges"))
+    found = {n for n in names if n.startswith(rooms)} - ROOM_IMPORTS_ALLOWED.get(path.name, set())
+    assert found == set(), "ask mmpo.find for it, inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", [p for p in CODE if p.name != "find.py"], ids=lambda p: p.stem)
+def test_nobody_asks_which_modality_it_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            named = any("modality" in (getattr(s, "id", ""), getattr(s, "attr", "")) for s in sides)
+            texts = any(isinstance(n, ast.Constant) and isinstance(n.value, str) for s in sides for n in ast.walk(s))
+            assert not (named and texts), f"{path.name}:{node.lineno}: let the modality's adapter decide this"
+
+
+def test_imports_are_absolute() -> None:
+    relative = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in CODE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
