@@ -67,6 +67,11 @@ class Ledger:
         if len(self.examples[reason]) < EXAMPLES:
             self.examples[reason].append(where)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, for a run's records."""
+        counts = {"skipped": dict(self.skipped), "refused": dict(self.refused), "notes": dict(self.notes)}
+        return {"rows": self.rows, "used": self.used, **counts}
+
     def __str__(self) -> str:
         skipped, refused = self.skipped.total(), self.refused.total()
         lines = [f"{self.rows} rows = {self.used} used + {skipped} skipped + {refused} refused"]

@@ -75,7 +75,7 @@ def load(
     chosen = format or detect(path)
     items = rows(path, ledger, format=chosen, root=root, ties=ties)
     if chosen == "candidates":
-        pairs, drops = pair_up(by_prompt(_scored(items)), strategy, margin=margin, seed=seed)
+        pairs, drops = pair_up(_scored(items), strategy, margin=margin, seed=seed)
         ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in drops.items()})
         return pairs[:limit], ledger
     return list(_numbered(itertools.islice(items, limit), ledger)), ledger

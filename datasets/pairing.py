@@ -101,7 +101,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def pair_up(
-    candidates_by_prompt: Mapping[str, Sequence[Candidate]],
+    candidates: Mapping[str, Sequence[Candidate]] | Iterable[Candidate],
     strategy: str = "best_worst",
     *,
     margin: float = 0.0,
@@ -110,6 +110,7 @@ def pair_up(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs by `strategy`, and the number of drops by reason. The strategy `margin` is `all` with a margin that must be given.
 
+    candidates: grouped by prompt, as `by_prompt` returns them, or in one row, which is then grouped.
     margin: least gap between the two scores, in the judge's units; a gap of 0 is a tie and never a pair.
     max_per_prompt: keep at most so many pairs of one prompt, drawn by hash. The reasons start with what they count:
     "candidate: ...", "group: ..." or "pair: ...". Each Pair carries its scores and `group`, the digest of its prompt.
@@ -124,7 +125,8 @@ def pair_up(
         raise ValueError(f"max_per_prompt: expected at least 1, found {max_per_prompt}")
     drops: Counter[str] = Counter()
     pairs: list[Pair] = []
-    for name, group in candidates_by_prompt.items():
+    groups = candidates if isinstance(candidates, Mapping) else by_prompt(candidates)
+    for name, group in groups.items():
         if len({digest(*c.prompt) for c in group}) > 1:
             raise ValueError(f"group {name!r} mixes different prompts; group candidates with pairing.by_prompt")
         ranked = _ranked(group, seed, drops)

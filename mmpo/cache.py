@@ -14,6 +14,7 @@ import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,22 +104,17 @@ class Cache:
                     return action(connection)
             except sqlite3.DatabaseError as error:
                 if attempt or not _means_damage(error):
-                    raise OSError(
-                        f"cache {self.path}: {error}; check the disk's space and rights (a cache may be deleted)"
-                    ) from error
+                    raise OSError(f"cache {self.path}: {error}; check the disk's space and the file's rights") from error
                 self._move_aside(error)
         return None
 
     def _open(self) -> sqlite3.Connection:
         """This process's connection: SQLite's must not be carried across a fork."""
         if self._pid != os.getpid():
-            self._inherited, self._connection, self._pid = (
-                self._connection,
-                None,
-                os.getpid(),
-            )  # not even closed: it is the parent's
+            self._inherited = self._connection  # kept, because even closing it would disturb the parent's
+            self._connection, self._pid = None, os.getpid()
         if self._connection is None:
-            connection = sqlite3.connect(self.path or ":memory:", timeout=WAIT_FOR_WRITERS)
+            connection = sqlite3.connect(str(self.path), timeout=WAIT_FOR_WRITERS)
             connection.text_factory = bytes
             for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", TABLE):
                 connection.execute(statement)
@@ -133,9 +129,8 @@ class Cache:
         while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
             number += 1
         for suffix in ("", "-wal", "-shm"):
-            part = self.path.with_name(self.path.name + suffix)
-            if part.exists():
-                os.replace(part, aside.with_name(aside.name + suffix))
+            with suppress(FileNotFoundError):  # there is no journal, or another process was faster
+                os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
         warnings.warn(f"cache {self.path}: {error}; moved to {aside.name}, its entries are computed again", stacklevel=4)
 
 
@@ -143,7 +138,7 @@ def _select(connection: sqlite3.Connection, keys: list[bytes]) -> list[tuple[byt
     rows: list[tuple[bytes, object, object]] = []
     for start in range(0, len(keys), KEYS_PER_QUERY):
         chunk = keys[start : start + KEYS_PER_QUERY]
-        rows += connection.execute(f"SELECT * FROM entries WHERE key IN ({','.join('?' * len(chunk))})", chunk)
+        rows += connection.execute(f"SELECT key, value, digest FROM entries WHERE key IN ({','.join('?' * len(chunk))})", chunk)
     return rows
 
 

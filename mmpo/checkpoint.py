@@ -82,13 +82,13 @@ def from_bytes(data: bytes) -> dict[str, Tensor]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace the file `path` by `data`, durably: after a crash it holds the old bytes or the new ones, never a mixture.
 
-    On an OSError (disk full) the old file is untouched and no partial file stays.
+    On an error (disk full) the old file is untouched and no partial file stays.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         _write(temporary, data)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
@@ -121,8 +121,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: d
     """Write, verify and commit a checkpoint, then delete all but the `keep` newest; returns its directory.
 
     tensors: groups (policy, optimizer, ema, rng, ...) of tensors by name. meta: anything JSON holds; its keys come back as
-    strings, its tuples as lists, its floats exactly. The caller holds the folder's `RunLock`: leftovers of killed
-    writers are cleared first.
+    strings, its tuples as lists, its floats exactly, also NaN and infinities. The caller holds the folder's `RunLock`:
+    leftovers of killed writers are cleared first.
 
     Errors: ValueError for a bad argument or a meta that JSON cannot hold; OSError (disk full, read-only) with the older
     checkpoints intact and nothing partial under a final name.
@@ -134,11 +134,9 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: d
     temporary = folder / f".step-{step:06d}.tmp-{os.getpid()}"
     try:
         final = _commit(temporary, _build(temporary, step, tensors, state))
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        error.add_note(
-            f"the checkpoint of step {step} was not written; older ones in {folder} are intact. Free space, then resume."
-        )
+        error.add_note(f"the checkpoint of step {step} was not written; those in {folder} are as they were, resume from them")
         raise
     write_atomic(folder / "CURRENT", f"{final.name}\n".encode())
     for old in _ordered(folder)[keep:]:
@@ -156,11 +154,11 @@ def _check_arguments(step: int, tensors: Mapping[str, object], keep: int) -> Non
 
 def _json(value: Any) -> bytes:
     try:
-        return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint: JSON cannot hold this meta ({error}); put tensors and NaN into a tensor group"
-        ) from error
+        return json.dumps(
+            value, indent=1, sort_keys=True
+        ).encode()  # a best metric of -inf comes back as that: only we read this
+    except TypeError as error:
+        raise ValueError(f"checkpoint: JSON cannot hold the meta ({error}); tensors go into a tensor group") from error
 
 
 def _build(temporary: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: bytes) -> str:
@@ -222,14 +220,9 @@ def _clear_leftovers(folder: Path) -> None:
 
 def environment() -> dict[str, str | int]:
     """What bit-exactness depends on besides the code and data: package versions, CPU threads, devices."""
-    versions = {name: _version(name) for name in PACKAGES}
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {
-        **versions,
-        "threads": torch.get_num_threads(),
-        "machine": os.uname().machine,
-        "devices": ", ".join(devices) or "cpu",
-    }
+    versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build: +cpu, +cu130
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {**versions, "threads": torch.get_num_threads(), "machine": os.uname().machine, "devices": ", ".join(gpus) or "cpu"}
 
 
 def _version(package: str) -> str:
@@ -371,8 +364,10 @@ def unpack_optimizer(
         group.update(settings | owned.get(f"group {i}", {}))
     optimizer.load_state_dict({"state": {i: s for i, s in enumerate(state) if s}, "param_groups": groups})
     for parameter, values in zip(parameters, state, strict=True):
-        for key, value in values.items():  # torch casts state to the parameter's dtype: fp32 state of bf16 weights loses bits
-            if isinstance(value, Tensor) and optimizer.state[parameter][key].dtype != value.dtype:
+        for key, value in values.items():  # torch casts state to the parameter's dtype, and garbles strings
+            if not isinstance(value, Tensor):
+                optimizer.state[parameter][key] = value
+            elif optimizer.state[parameter][key].dtype != value.dtype:
                 optimizer.state[parameter][key] = value.to(parameter.device)
 
 

@@ -125,7 +125,7 @@ def over_optimisation(records: Sequence[Record], summary: Record) -> Curve | Non
     right.plot(*accuracy, color=BLUE, marker="s")
     right.set_ylabel("held-out pair accuracy", color=BLUE)
     caption = (
-        f"Left axis: the judge ({summary.get('judge', 'unnamed')}) on fresh generations. Right axis: held-out pairs ranked "
+        f"Left axis: the judge ({summary.get('judge') or 'unnamed'}) on fresh generations. Right axis: held-out pairs ranked "
         "correctly. Both should rise; pair accuracy that rises while the judge falls is over-optimisation."
     )
     caption += _mark_best(axes, summary)

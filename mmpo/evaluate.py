@@ -42,6 +42,11 @@ class Samples:
     correct: np.ndarray | None
     diversity: float
 
+    @classmethod
+    def unjudged(cls, blocks: list[Block]) -> Samples:
+        """Samples that no judge has seen: scores are NaN."""
+        return cls(blocks, np.full(len(blocks), np.nan), None, float("nan"))
+
     def summary(self) -> dict[str, float]:
         out = {"score": float(self.scores.mean()), "diversity": self.diversity}
         return out if self.correct is None else out | {"correct": float(self.correct.mean())}
@@ -88,7 +93,9 @@ def win_rate(aligned: np.ndarray, base: np.ndarray, per_prompt: int, seed: int =
 
 
 @torch.no_grad()
-def pair_accuracy(modality: Any, model: nn.Module, reference: Any, pairs: Sequence[Pair], seed: int, draws: int, batch: int = 32) -> dict[str, Any]:
+def evaluate_pairs(
+    modality: Any, model: nn.Module, reference: Any, pairs: Sequence[Pair], seed: int, draws: int, batch: int = 32
+) -> dict[str, Any]:
     """Implicit accuracy on held-out pairs: is the log-ratio of chosen above that of rejected, averaged over `draws` draws?
 
     Ties count half, so an untrained policy reads exactly 0.5. Also: the mean margin, the drift of both members' errors

@@ -25,7 +25,7 @@ def names(room: str) -> list[str]:
     A modality is a file with a `<name>_config` beside it; the room's other files are parts they share.
     """
     if room not in ROOMS:
-        raise RecipeError(f"no room '{room}'{nearest(room, ROOMS)}; rooms: {', '.join(ROOMS)}")
+        raise RecipeError(f"no room '{room}' (rooms: {', '.join(ROOMS)}){nearest(room, ROOMS)}")
     spec = importlib.util.find_spec(f"mmpo.{room}")
     files = {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations if spec else None)}
     offered = {f for f in files if f"{f}_config" in files} if room == "modalities" else files
@@ -41,7 +41,7 @@ def find(room: str, name: str) -> Any:
         return _plugin(name)
     offered = names(room)
     if name not in offered:
-        raise RecipeError(f"no '{name}' in {room}{nearest(name, offered)}; {room}: {', '.join(offered) or 'empty'}")
+        raise RecipeError(f"no '{name}' in {room} (there are: {', '.join(offered) or 'none'}){nearest(name, offered)}")
     module = importlib.import_module(f"mmpo.{room}.{name}")
     return getattr(module, "Adapter" if room == "modalities" else name)
 
@@ -52,12 +52,12 @@ def model_config(modality: str) -> Any:
         return _plugin(f"{modality.partition(':')[0]}:ModelConfig")
     offered = names("modalities")
     if modality not in offered:
-        raise RecipeError(f"no modality '{modality}'{nearest(modality, offered)}; modalities: {', '.join(offered)}")
+        raise RecipeError(f"no modality '{modality}' (there are: {', '.join(offered)}){nearest(modality, offered)}")
     return importlib.import_module(f"mmpo.modalities.{modality}_config").ModelConfig
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """"; did you mean 'x'?", or nothing when no choice is close."""
+    """ "; did you mean 'x'?", or nothing when no choice is close."""
     close = difflib.get_close_matches(word, list(choices), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
@@ -65,7 +65,9 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def _plugin(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if module not in PLUGINS:
-        raise RecipeError(f"'{name}' is code outside mmpo, and a recipe alone never imports code: allow it with --plugin {module}")
+        raise RecipeError(
+            f"'{name}' is code outside mmpo, and a recipe alone never imports code: allow it with --plugin {module}"
+        )
     found = getattr(importlib.import_module(module), attribute, None)
     if found is None:
         raise RecipeError(f"the plugin {module} has no '{attribute}'")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 from mmpo.pair import Block, Pair
 from mmpo.scores import Scores
+
+if TYPE_CHECKING:
+    from mmpo.evaluate import Samples
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Modality(Protocol):
     PROVIDES: frozenset[str]  # extras of Scores it can compute, beyond logp
     branches: tuple[str, ...]  # the branches it scores in one call
     model: nn.Module
+    device: torch.device
+    embedded_data: Path  # candidates of the modality's own small world, its judge, and whether this is it
+    embedded_judge: str
+    is_embedded: bool
+    starts_from_adapter: bool  # the start of the run already carries a trained adapter
 
     def encode(self, pairs: Sequence[Pair]) -> list[Any]:
         """Run the frozen encoders: no gradient, cached by content digest, one result per pair."""
@@ -50,5 +59,14 @@ class Modality(Protocol):
     def describe(self, beta: float) -> str:
         """What beta means here in one line, e.g. the coefficient on the mean squared error margin."""
 
-    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path, merge: bool = False) -> None:
         """Write the trained weights in the format the model's own library loads."""
+
+    def check_export(self, model: nn.Module, folder: Path, merge: bool = False) -> tuple[float, float, float]:
+        """Reload an export by that library: largest difference from the policy, from the base, and the output's size."""
+
+    def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
+        """Files and one picture that a person can look at: base beside aligned."""
+
+    def load_reference(self, path: str) -> nn.Module:
+        """Another model of the same architecture, for reference.kind: path."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmpo.datasets.formats.candidates import candidates
-from mmpo.datasets.ledger import Ledger
-from mmpo.datasets.load import detect, load
-from mmpo.datasets.pairing import Candidate, pair_up
-from mmpo.evaluate import Judge
+from mmpo.datasets.load import detect, load, load_candidates
+from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.errors import DataError
+from mmpo.evaluate import Judge
 from mmpo.pair import Block, Pair
 from mmpo.schema import Recipe
 
@@ -34,20 +34,19 @@ class Prepared:
 def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     """Read, judge, pair and split. Raises DataError when nothing is left to train on."""
     path = embedded if recipe.data.path in (None, "embedded") else str(recipe.data.path)
-    spec, ledger = recipe.data, Ledger()
+    spec, dropped = recipe.data, {}
     if (spec.format or detect(path)) == "candidates":
-        rows = list(candidates(path, root=spec.root, ledger=ledger, on_bad=spec.on_bad))
-        pairs, dropped = build(recipe, rows[: spec.limit], judge)
+        groups, ledger = load_candidates(path, root=spec.root, on_bad=spec.on_bad)
+        pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group][: spec.limit], judge)
     else:
         pairs, ledger = load(path, format=spec.format, root=spec.root, ties=spec.ties, on_bad=spec.on_bad, limit=spec.limit)
-        dropped = {}
     train = [p for p in pairs if not is_heldout(p.prompt, spec.heldout)]
     heldout = [p for p in pairs if is_heldout(p.prompt, spec.heldout)]
     if not train:
         raise DataError(f"{path}: no pairs to train on ({len(pairs)} pairs, data.heldout {spec.heldout}; dropped: {dropped or 'none'})\n{ledger}")
     prompts = sorted({p.caption: p.prompt for p in heldout}.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
-    account = {"source": path, "rows": ledger.as_dict(), "dropped": dropped, "pairs": len(pairs)}
+    account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs)}
     return Prepared(
         train,
         heldout,
@@ -58,7 +57,7 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     )
 
 
-def build(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | None) -> tuple[list[Pair], dict[str, int]]:
+def pair_candidates(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | None) -> tuple[list[Pair], dict[str, int]]:
     """Judge the candidates that carry no score and pair them up as the recipe says."""
     spec = recipe.data.pairing
     if spec is None:
@@ -70,8 +69,12 @@ def build(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | None) -> tup
     if missing and judge is not None:
         scores = judge([rows[i].prompt for i in missing], [(rows[i].block,) for i in missing]).scores.tolist()
         for i, score in zip(missing, scores, strict=True):
-            scored[i] = Candidate(rows[i].prompt, rows[i].block, score, rows[i].seed)
-    return pair_up(scored, spec.strategy, margin=spec.margin, max_per_prompt=spec.max_per_prompt, seed=recipe.seed)
+            scored[i] = dataclasses.replace(rows[i], score=score)
+    pairs, dropped = pair_up(by_prompt(scored), spec.strategy, margin=spec.margin, max_per_prompt=spec.max_per_prompt, seed=recipe.seed)
+    if spec.temperature:  # Bradley-Terry
+        gaps = [(p.scores["chosen"] - p.scores["rejected"]) / spec.temperature for p in pairs]
+        pairs = [dataclasses.replace(p, label=1 / (1 + math.exp(-gap))) for p, gap in zip(pairs, gaps, strict=True)]
+    return pairs, dropped
 
 
 def is_heldout(prompt: Prompt, share: float) -> bool:

@@ -49,15 +49,20 @@ class Resolved:
         return {_dotted(keys): _source(self.marks.get(keys)) for keys in _leaves(self.recipe.model_dump(mode="json"))}
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = (), modality: str | None = None) -> Resolved:
+def load(
+    path: str | Path | None = None, overrides: Sequence[str] = (), modality: str | None = None, losses: bool = False
+) -> Resolved:
     """The recipe of a file or of a bare name in mmpo's configs; with only a modality, that modality's default recipe.
 
     overrides: `key=value` strings with dotted keys, list items by number (`objective.0.beta=0.2`), values in YAML.
-    Does not look into the objective's losses, which would import torch: `check_objective` does. Raises RecipeError.
+    losses: check the objective's losses as well (see `check_objective`), and report their errors with all the others.
+    Raises RecipeError.
     """
     name = modality if path is None else str(path)
     if name is None:
         raise RecipeError("nothing to load: give a recipe (a file, or a name from `mmpo list configs`) or --modality")
+    if path is None:
+        recipe_class(name)  # a misspelt modality is told as such, not as a recipe that is not there
     layers = _Layers()
     layers.read(name, Path())
     if modality is not None:
@@ -73,21 +78,36 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = (), modality
         recipe = schema.model_validate(layers.data)
     except ValidationError as error:
         layers.problems += _describe(error, schema, layers.marks)
+    if losses:
+        layers.problems += _objective_problems(layers.data.get("objective", []), layers.marks)
     if layers.problems:
         raise RecipeError(layers.problems)
     return Resolved(recipe, layers.marks)
 
 
+def configs() -> list[str]:
+    """The names of the recipes that mmpo ships."""
+    return sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+
+
 def check_objective(resolved: Resolved) -> None:
     """Checks every term's loss and parameters against the loss's own signature. Imports the losses, hence torch."""
-    problems: list[str] = []
-    for i, term in enumerate(resolved.recipe.objective):
-        try:
-            loss_parameters(term, resolved.marks, ("objective", i))
-        except RecipeError as error:
-            problems += error.problems
+    problems = _objective_problems(resolved.recipe.objective, resolved.marks)
     if problems:
         raise RecipeError(problems)
+
+
+def _objective_problems(terms: Any, marks: Marks) -> list[str]:
+    """What is wrong with the losses of terms, given or raw; what is wrong with the terms themselves is the schema's."""
+    problems: list[str] = []
+    for i, term in enumerate(terms if isinstance(terms, list) else []):
+        try:
+            loss_parameters(Term.model_validate(term), marks, ("objective", i))
+        except RecipeError as error:
+            problems += error.problems
+        except ValidationError:
+            continue
+    return problems
 
 
 def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> dict[str, Any]:
@@ -102,7 +122,9 @@ def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> di
         raise RecipeError([_line(marks, (*at, "loss"), p) for p in error.problems]) from None
     problems = []
     if {"beta", "beta_dpo"} <= given.keys():
-        problems.append(_line(marks, (*at, "beta_dpo"), "the same setting as beta, which is beta_dpo / 1000; give one of the two"))
+        problems.append(
+            _line(marks, (*at, "beta_dpo"), "the same setting as beta, which is beta_dpo / 1000; give one of the two")
+        )
     try:
         parameters = schema.model_validate(given).model_dump()
     except ValidationError as error:
@@ -130,10 +152,10 @@ def dump(resolved: Resolved) -> str:
 
 def _block(value: Any, keys: Keys, marks: Marks) -> Iterator[str]:
     for key, item in _entries(value):
-        path = (*keys, key)
+        path, item = (*keys, key), _masked(key, item)
         head = "-" if isinstance(value, list) else f"{_flow(key)}:"
         if not _nests(item):
-            yield f"{head} {_flow(_masked(key, item))}  # {_source(marks.get(path))}"
+            yield f"{head} {_flow(item)}  # {_source(marks.get(path))}"
             continue
         lines = list(_block(item, path, marks))
         if head == "-":
@@ -149,7 +171,9 @@ def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
 
 def _nests(value: Any) -> bool:
     """Whether a value is written over several lines: a mapping, or a list that is not only scalars."""
-    return bool(value) and (isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)))
+    return bool(value) and (
+        isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+    )
 
 
 def _leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
@@ -163,13 +187,14 @@ def _flow(value: Any) -> str:
         return f"[{', '.join(map(_flow, value))}]"
     if isinstance(value, str) and not (_BARE.fullmatch(value) and value == yaml_source.scalar(value) == yaml.safe_load(value)):
         return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**31).strip()
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else "{}" if value == {} else str(value)
+    return yaml.safe_dump(value).splitlines()[0]  # 1.0e-05: a float to YAML 1.1 as well
 
 
 def _masked(key: Any, value: Any) -> Any:
     if value is not None and _SECRET_KEY.search(str(key)):
         return "***"
+    if isinstance(value, list):
+        return [_masked(None, item) for item in value]
     return _SECRET_VALUE.sub("***", value) if isinstance(value, str) else value
 
 
@@ -191,8 +216,10 @@ class _Layers:
         """Merges a file over what is there, its `base:` files first. name: relative to `folder`, or bare, in CONFIGS."""
         path = folder / name if _is_path(name) else CONFIGS / f"{name}.yaml"
         if not _is_path(name) and not path.is_file():
-            known = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-            raise RecipeError(f"no recipe '{name}'{nearest(name, known)}; recipes: {', '.join(known) or 'none'}; a file ends in .yaml")
+            known = configs()
+            raise RecipeError(
+                f"no recipe '{name}' (a file ends in .yaml; there are: {', '.join(known) or 'none'}){nearest(name, known)}"
+            )
         if path.resolve() in including:
             raise RecipeError(f"{path}: base includes itself: {' -> '.join(p.name for p in (*including, path))}")
         shown = str(path) if _is_path(name) else path.name
@@ -203,7 +230,9 @@ class _Layers:
         bases = data.pop("base", [])
         for base in bases if isinstance(bases, list) else [bases]:
             if not isinstance(base, str) or Path(base).is_absolute():
-                raise RecipeError(_line(marks, ("base",), f"wrong value (got {base!r}, expected a relative path or a recipe's name)"))
+                raise RecipeError(
+                    _line(marks, ("base",), f"wrong value (got {base!r}, expected a relative path or a recipe's name)")
+                )
             self.read(base, path.parent, (*including, path.resolve()))
         self.merge(self.data, data, marks)
 
@@ -221,22 +250,27 @@ class _Layers:
         """Sets one `key.key=value` of the command line."""
         key, equals, value = text.partition("=")
         if not (key and equals):
-            self.problems.append(f"command line: not a setting (got {text!r}, expected key=value)")
+            self.problems.append(f"command line: not a setting (got {_masked(None, text)!r}, expected key=value)")
             return
-        keys = tuple(int(k) if k.isdecimal() else k for k in key.split("."))
         try:
-            self.put(keys, yaml_source.parse(value, key)[0] if value[:1] in tuple("[{\"'") else yaml_source.scalar(value))
+            self.put(
+                key.split("."), yaml_source.parse(value, key)[0] if value[:1] in tuple("[{\"'") else yaml_source.scalar(value)
+            )
         except RecipeError as error:
             self.problems += [f"command line {p}" for p in error.problems]
 
-    def put(self, keys: Keys, value: Any) -> None:
+    def put(self, names: Sequence[str], value: Any) -> None:
+        """Sets one value by its key path, making the mappings on the way; a number names an item of a list."""
         node: Any = self.data
-        for i, key in enumerate(keys):
-            if isinstance(node, list) and not (isinstance(key, int) and key < len(node)):
-                raise RecipeError(f"{_dotted(keys)}: no such item (got {key}, expected a number below {len(node)})")
-            if i == len(keys) - 1:
+        keys: Keys = ()
+        for i, name in enumerate(names):
+            key = int(name) if isinstance(node, list) and name.isdecimal() else name
+            keys, below = (*keys, key), dict(_entries(node))
+            if isinstance(node, list) and key not in below:
+                raise RecipeError(f"{'.'.join(names)}: no such item (got {key}, expected a number below {len(below)})")
+            if i == len(names) - 1:
                 node[key] = value
-            elif not isinstance(node[key] if isinstance(node, list) else node.get(key), dict | list):
+            elif not isinstance(below.get(key), dict | list):
                 node[key] = {}
             node = node[key]
         self._mark(keys, {keys: Mark("command line")})
@@ -267,7 +301,7 @@ def _describe(error: ValidationError, schema: type[Section], marks: Marks, at: K
 def _problem(error: Any, schema: type[Section]) -> str:
     *section, key = error["loc"]
     message, given = error["msg"], error["input"]
-    got = _flow(_masked(key, given)) if not _nests(given) else f"a {type(given).__name__}"
+    got = f"a {type(given).__name__}" if _nests(given) else _flow(_masked(key, given))
     if error["type"] == "missing":
         return "missing, and it has no default"
     if error["type"] == "extra_forbidden":

@@ -130,7 +130,7 @@ def headline(summary: Record) -> str:
 def score_rows(summary: Record) -> list[dict[str, Any]]:
     """One row per measure of the base and the aligned model; `change` only where both are numbers."""
     base, aligned = summary.get("base") or {}, summary.get("aligned") or {}
-    names = {"score": f"{summary.get('judge', 'judge')}, mean score", "correct": "exactly right", "diversity": "diversity"}
+    names = {"score": f"{summary.get('judge') or 'judge'}, mean score", "correct": "exactly right", "diversity": "diversity"}
     rows = []
     for key in dict.fromkeys((*base, *aligned)):
         before, after = base.get(key), aligned.get(key)
@@ -147,7 +147,7 @@ def timestep_rows(summary: Record, records: Sequence[Record]) -> Sequence[Record
 
 def ledger_rows(summary: Record, records: Sequence[Record], unreadable: int) -> list[tuple[str, Any]]:
     """What went in and what became of it: pairs by split, rows by what happened to them, log lines."""
-    rows = [*flat("pairs", summary.get("pairs") or {}), *flat("", summary.get("ledger") or {})]
+    rows = [*flat("pairs", summary.get("pairs") or {}), *flat("", summary.get("data") or {})]
     rows.append(("log records", len(records)))
     if unreadable:
         rows.append(("log lines that could not be read and are not in the curves", unreadable))

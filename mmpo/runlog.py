@@ -75,3 +75,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return _plain(value.item()) if hasattr(value, "item") else value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a log, without a torn last line."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return [json.loads(line) for line in whole.splitlines() if line]

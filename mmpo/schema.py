@@ -5,11 +5,21 @@ A modality adds its own `model:` section (`<modality>_config.py`), a loss its ow
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from mmpo import find
 from mmpo.errors import RecipeError
@@ -38,44 +48,60 @@ class PairingConfig(Section):
     """How scored candidates of one prompt become pairs."""
 
     strategy: Literal["best_worst", "all", "margin", "tournament", "random_below"] = Field(
-        "best_worst", description="which two candidates make a pair"
+        default="best_worst", description="which two candidates make a pair"
     )
-    margin: float = Field(0.0, ge=0, description="smallest difference of score between chosen and rejected, in the judge's units")
-    max_per_prompt: Count | None = Field(None, description="at most this many pairs of one prompt; null: all")
+    margin: float = Field(
+        default=0.0, ge=0, description="smallest difference of score between chosen and rejected, in the judge's units"
+    )
+    max_per_prompt: Count | None = Field(default=None, description="at most this many pairs of one prompt; null: all")
 
 
 class DataConfig(Section):
     """The preference pairs."""
 
-    path: str | None = Field(None, description="file, directory or hub id; null or 'embedded': the modality's own small world")
-    format: str | None = Field(None, description="importer, see `mmpo list datasets.formats`; null: recognised from the columns")
-    root: str | None = Field(None, description="folder that relative media paths start from; null: the data file's folder")
-    pairing: PairingConfig | None = Field(None, description="how scored candidates become pairs; null: rows are pairs already")
-    heldout: float = Field(0.1, ge=0, lt=1, description="share of the prompts kept out of training, for evaluation")
-    on_bad: Literal["refuse", "skip"] = Field("refuse", description="bad rows stop the run, or are skipped, counted and listed")
-    prompt_dropout: Share = Field(0.0, description="probability that a pair is trained without its prompt")
-    limit: Count | None = Field(None, description="use only the first so many rows; null: all")
-    ties: Literal["drop", "soft"] = Field("drop", description="tied rows: leave out, or keep with label 0.5")
-    cache: str | None = Field(None, description="folder for encoded media; null: inside the run")
+    path: str | None = Field(
+        default=None, description="file, directory or hub id; null or 'embedded': the modality's own small world"
+    )
+    format: str | None = Field(
+        default=None, description="importer, see `mmpo list datasets.formats`; null: recognised from the columns"
+    )
+    root: str | None = Field(
+        default=None, description="folder that relative media paths start from; null: the data file's folder"
+    )
+    pairing: PairingConfig | None = Field(
+        default=None, description="how scored candidates become pairs; null: rows are pairs already"
+    )
+    heldout: float = Field(default=0.1, ge=0, lt=1, description="share of the prompts kept out of training, for evaluation")
+    on_bad: Literal["refuse", "skip"] = Field(
+        default="refuse", description="bad rows stop the run, or are skipped, counted and listed"
+    )
+    prompt_dropout: Share = Field(default=0.0, description="probability that a pair is trained without its prompt")
+    limit: Count | None = Field(default=None, description="use only the first so many rows; null: all")
+    ties: Literal["drop", "soft"] = Field(default="drop", description="tied rows: leave out, or keep with label 0.5")
+    cache: str | None = Field(default=None, description="folder for encoded media; null: inside the run")
 
 
 class DrawConfig(Section):
     """Where randomness enters: timesteps, noise and the other conditions of one scoring."""
 
     mode: Literal["shared", "independent", "inversion", "renoise"] = Field(
-        "shared", description="noise of the two sides: the same, one each, from inversion, or renoised after inversion"
+        default="shared", description="noise of the two sides: the same, one each, from inversion, or renoised after inversion"
     )
-    timesteps: Literal["uniform", "logit_normal", "grid"] = Field("uniform", description="distribution of the timestep")
-    t_min: Share = Field(0.0, description="smallest timestep, as a fraction of the schedule")
-    t_max: Share = Field(1.0, description="largest timestep, as a fraction of the schedule")
-    logit_mean: float = Field(0.0, description="logit_normal: mean of logit(t)")
-    logit_std: float = Field(1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
-    weight: Literal["constant", "min_snr", "eps"] = Field("constant", description="weight w(t) of a timestep's error")
-    min_snr_gamma: float = Field(5.0, gt=0, description="min_snr: the signal-to-noise ratio at which the weight is clipped")
-    inversion_steps: Count = Field(10, description="inversion: steps from the clean latent to the drawn timestep")
-    inversion_eta: Share = Field(0.1, description="renoise: share of fresh noise in the inverted noise")
-    inversion_model: Literal["policy", "reference"] = Field("policy", description="the model that inverts")
-    vae: Literal["mode", "sample"] = Field("mode", description="latent of a picture: the posterior's mode, or a sample of it")
+    timesteps: Literal["uniform", "logit_normal", "grid"] = Field(default="uniform", description="distribution of the timestep")
+    t_min: Share = Field(default=0.0, description="smallest timestep, as a fraction of the schedule")
+    t_max: Share = Field(default=1.0, description="largest timestep, as a fraction of the schedule")
+    logit_mean: float = Field(default=0.0, description="logit_normal: mean of logit(t)")
+    logit_std: float = Field(default=1.0, gt=0, description="logit_normal: standard deviation of logit(t)")
+    weight: Literal["constant", "min_snr", "eps"] = Field(default="constant", description="weight w(t) of a timestep's error")
+    min_snr_gamma: float = Field(
+        default=5.0, gt=0, description="min_snr: the signal-to-noise ratio at which the weight is clipped"
+    )
+    inversion_steps: Count = Field(default=10, description="inversion: steps from the clean latent to the drawn timestep")
+    inversion_eta: Share = Field(default=0.1, description="renoise: share of fresh noise in the inverted noise")
+    inversion_model: Literal["policy", "reference"] = Field(default="policy", description="the model that inverts")
+    vae: Literal["mode", "sample"] = Field(
+        default="mode", description="latent of a picture: the posterior's mode, or a sample of it"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> DrawConfig:
@@ -91,12 +117,14 @@ class Term(Section):
 
     loss: str = Field(description="name of the loss, see `mmpo list losses`")
     of: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
-        None, description="branches in the order of the loss's roles; null: branches named as the roles"
+        default=None, description="branches in the order of the loss's roles; null: branches named as the roles"
     )
-    weight: float = Field(1.0, description="factor of this term in the sum")
-    reduce: Literal["sum", "mean"] = Field("sum", description="log-likelihood of a branch over its units: sum, or mean per unit")
+    weight: float = Field(default=1.0, description="factor of this term in the sum")
+    reduce: Literal["sum", "mean"] = Field(
+        default="sum", description="log-likelihood of a branch over its units: sum, or mean per unit"
+    )
     link: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence"] = Field(
-        "reverse_kl", description="divergence whose derivative turns a log-ratio into a reward"
+        default="reverse_kl", description="divergence whose derivative turns a log-ratio into a reward"
     )
 
 
@@ -104,12 +132,13 @@ class ReferenceConfig(Section):
     """What the policy is compared with."""
 
     kind: Literal["none", "start", "adapter_off", "path", "ema"] = Field(
-        "start", description="nothing, the policy at step 0, the model without its adapter, another model, or a moving average"
+        default="start",
+        description="nothing, the policy at step 0, the model without its adapter, another model, or a moving average",
     )
-    path: str | None = Field(None, description="kind path: directory or hub id of the reference")
-    cache: bool = Field(False, description="store reference scores per (sample, draw) on disk and replay them")
-    ema_decay: float = Field(0.999, gt=0, lt=1, description="kind ema: share of the average kept at each update")
-    ema_every: Count = Field(1, description="kind ema: optimizer steps between updates")
+    path: str | None = Field(default=None, description="kind path: directory or hub id of the reference")
+    cache: bool = Field(default=False, description="store reference scores per (sample, draw) on disk and replay them")
+    ema_decay: float = Field(default=0.999, gt=0, lt=1, description="kind ema: share of the average kept at each update")
+    ema_every: Count = Field(default=1, description="kind ema: optimizer steps between updates")
 
     @model_validator(mode="after")
     def _path_belongs_to_kind(self) -> ReferenceConfig:
@@ -121,69 +150,79 @@ class ReferenceConfig(Section):
 class JudgeConfig(Section):
     """What scores generations, for evaluation and for further rounds."""
 
-    name: str | None = Field(None, description="see `mmpo list judges`; null: the modality's own")
-    path: str | None = Field(None, description="directory or hub id of the judge's weights")
-    options: dict[str, Any] = Field({}, description="further arguments of the judge")
+    name: str | None = Field(default=None, description="see `mmpo list judges`; null: the modality's own")
+    path: str | None = Field(default=None, description="directory or hub id of the judge's weights")
+    options: dict[str, Any] = Field(default={}, description="further arguments of the judge")
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    steps: Count = Field(200, description="optimizer steps of one round")
-    batch_size: Count = Field(16, description="pairs per device and forward pass")
-    accumulate: Count = Field(1, description="forward passes per optimizer step")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    warmup: int = Field(0, ge=0, description="optimizer steps from 0 to the peak learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="learning rate after the warm-up")
-    optimizer: Literal["adamw", "adafactor", "sgd"] = Field("adamw", description="optimizer")
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="adamw: decay of the two moments")
-    weight_decay: float = Field(1e-2, ge=0, description="decoupled weight decay, per unit of learning rate")
-    eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
-    clip: float = Field(1.0, gt=0, description="largest L2 norm of the whole gradient")
-    precision: Precision = Field("fp32", description="autocast of the forward pass; losses are always fp32")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of a moving average of the trained weights; null: none")
-    save_every: Count = Field(50, description="optimizer steps between checkpoints")
-    keep: Count = Field(2, description="checkpoints kept")
-    draws_per_pair: Count | None = Field(
-        None, description="reuse this many draws per pair, so that reference scores can be cached; null: a fresh draw each epoch"
+    steps: Count = Field(default=200, description="optimizer steps of one round")
+    batch_size: Count = Field(default=16, description="pairs per device and forward pass")
+    accumulate: Count = Field(default=1, description="forward passes per optimizer step")
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    warmup: int = Field(default=0, ge=0, description="optimizer steps from 0 to the peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
+    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(default="adamw", description="optimizer")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="adamw: decay of the two moments")
+    weight_decay: float = Field(default=1e-2, ge=0, description="decoupled weight decay, per unit of learning rate")
+    eps: float = Field(default=1e-8, gt=0, description="adamw: added to the denominator")
+    clip: float = Field(default=1.0, gt=0, description="largest L2 norm of the whole gradient")
+    precision: Precision = Field(default="fp32", description="autocast of the forward pass; losses are always fp32")
+    ema: float | None = Field(
+        default=None, gt=0, lt=1, description="decay of a moving average of the trained weights; null: none"
     )
-    rounds: Count = Field(1, description="rounds of sample, judge, pair and train; 1: train on the given pairs only")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="a loss or gradient that is not finite: stop, or skip the step")
-    fsdp: bool = Field(False, description="shard parameters over the devices")
+    save_every: Count = Field(default=50, description="optimizer steps between checkpoints")
+    keep: Count = Field(default=2, description="checkpoints kept")
+    draws_per_pair: Count | None = Field(
+        default=None,
+        description="reuse this many draws per pair, so that reference scores can be cached; null: a fresh draw each epoch",
+    )
+    rounds: Count = Field(default=1, description="rounds of sample, judge, pair and train; 1: train on the given pairs only")
+    round_prompts: Count = Field(default=256, description="rounds > 1: training prompts sampled at the start of a round")
+    round_candidates: Count = Field(default=6, description="rounds > 1: samples of each of them")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="a loss or gradient that is not finite: stop, or skip the step"
+    )
+    fsdp: bool = Field(default=False, description="shard parameters over the devices")
 
 
 class EvalConfig(Section):
     """Measurements on held-out prompts, during and after training."""
 
-    every: Count = Field(50, description="optimizer steps between evaluations")
-    prompts: Count = Field(48, description="held-out prompts per evaluation during training")
-    seeds: Count = Field(2, description="samples per prompt during training")
-    draws: Count = Field(8, description="draws per held-out pair for its implicit reward")
-    test_prompts: Count = Field(64, description="held-out prompts of the final comparison")
-    test_seeds: Count = Field(3, description="samples per prompt of the final comparison")
+    every: Count = Field(default=50, description="optimizer steps between evaluations")
+    prompts: Count = Field(default=48, description="held-out prompts per evaluation during training")
+    seeds: Count = Field(default=2, description="samples per prompt during training")
+    draws: Count = Field(default=8, description="draws per held-out pair for its implicit reward")
+    test_prompts: Count = Field(default=64, description="held-out prompts of the final comparison")
+    test_seeds: Count = Field(default=3, description="samples per prompt of the final comparison")
 
 
 class Recipe(Section):
     """A whole run."""
 
-    modality: str = Field("diffusion", description="what is generated, see `mmpo list modalities`")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
-    out: str | None = Field(None, description="folder of the run; null: a new one under runs/")
-    model: Any = Field({}, description="the modality's own section, see `mmpo config explain model`")
-    data: DataConfig = Field(DataConfig(), description=str(DataConfig.__doc__))
-    draw: DrawConfig = Field(DrawConfig(), description=str(DrawConfig.__doc__))
-    objective: list[Term] = Field([{"loss": "dpo"}], min_length=1, description="terms whose weighted sum is the loss")
-    reference: ReferenceConfig = Field(ReferenceConfig(), description=str(ReferenceConfig.__doc__))
-    judge: JudgeConfig = Field(JudgeConfig(), description=str(JudgeConfig.__doc__))
-    train: TrainConfig = Field(TrainConfig(), description=str(TrainConfig.__doc__))
-    eval: EvalConfig = Field(EvalConfig(), description=str(EvalConfig.__doc__))
-    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="where metrics go besides the run's own files")
+    modality: str = Field(default="diffusion", description="what is generated, see `mmpo list modalities`")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything random")
+    out: str | None = Field(default=None, description="folder of the run; null: a new one under runs/")
+    model: Any = Field(default={}, description="the modality's own section, see `mmpo config explain model`")
+    data: DataConfig = Field(default=DataConfig(), description=str(DataConfig.__doc__))
+    draw: DrawConfig = Field(default=DrawConfig(), description=str(DrawConfig.__doc__))
+    objective: list[Term] = Field(default=[Term(loss="dpo")], min_length=1, description="terms whose weighted sum is the loss")
+    reference: ReferenceConfig = Field(default=ReferenceConfig(), description=str(ReferenceConfig.__doc__))
+    judge: JudgeConfig = Field(default=JudgeConfig(), description=str(JudgeConfig.__doc__))
+    train: TrainConfig = Field(default=TrainConfig(), description=str(TrainConfig.__doc__))
+    eval: EvalConfig = Field(default=EvalConfig(), description=str(EvalConfig.__doc__))
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="where metrics go besides the run's own files"
+    )
 
 
+@functools.cache
 def recipe_class(modality: str) -> type[Recipe]:
     """`Recipe` with the modality's own class for `model:`. Raises RecipeError for an unknown modality."""
     model = find.model_config(modality)
-    return create_model("Recipe", __base__=Recipe, model=(model, Field(model(), description=str(model.__doc__))))
+    return create_model("Recipe", __base__=Recipe, model=(model, Field(default=model(), description=str(model.__doc__))))
 
 
 def section_at(schema: type[BaseModel], keys: Iterable[str | int]) -> type[BaseModel] | None:
@@ -206,7 +245,8 @@ def explain(key: str = "", modality: str = "diffusion") -> str:
         return "\n".join(_entry(section, name, ".".join([*path, name])) for name in section.model_fields)
     parent = section_at(schema, path[:-1]) or schema
     if path[-1] not in parent.model_fields:
-        raise RecipeError(f"no setting '{key}'{find.nearest(path[-1], parent.model_fields)}; here: {', '.join(parent.model_fields)}")
+        known = list(parent.model_fields)
+        raise RecipeError(f"no setting '{key}' (there are: {', '.join(known)}){find.nearest(path[-1], known)}")
     return _entry(parent, path[-1], key)
 
 
@@ -219,7 +259,7 @@ def _section(kind: Any) -> type[BaseModel] | None:
 def _entry(section: type[BaseModel], name: str, shown: str) -> str:
     schema = section.model_json_schema()["properties"][name]
     default = "" if "$ref" in schema or "default" not in schema else f"; default {json.dumps(schema['default'])}"
-    return f"{shown}: {_kind(schema)}{default}\n    {schema['description']}"
+    return f"{shown}: {_kind(schema)}{default}\n    {section.model_fields[name].description}"
 
 
 def _kind(schema: dict[str, Any]) -> str:

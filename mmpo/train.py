@@ -45,6 +45,7 @@ class Progress:
     base_metric: float = -math.inf
     seconds: float = 0.0
     skipped_steps: int = 0
+    round: int = 1
     base_scores: list[float] = field(default_factory=list)  # the judge's scores of the base's samples, for win rates
 
 
@@ -66,6 +67,7 @@ class Run:
     select: list[Trial]
     log: RunLog
     ema: Values | None = None
+    start: Values | None = None  # the weights before the run, where no fixed reference keeps them
     progress: Progress = field(default_factory=Progress)
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -129,19 +131,20 @@ def draw(run: Run, pairs: list[Pair], keys: list[DrawKey]) -> Any:
         return run.modality.draw(run.modality.encode(pairs), keys, module)
 
 
-def train(run: Run) -> None:
-    """Run the loop from `run.progress.step` to the last step."""
+def train(run: Run, until: int) -> None:
+    """Run the loop from `run.progress.step` to step `until`."""
     spec, state, start = run.recipe.train, run.progress, time.monotonic()
-    bar = tqdm(total=spec.steps, initial=state.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
-    while state.step < spec.steps:
+    bar = tqdm(total=until, initial=state.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
+    while state.step < until:
+        lr = learning_rate(spec, state.step % spec.steps)
         for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(spec, state.step)
+            group["lr"] = lr
         metrics = optimize(run)
         state.step += 1
         _averages(run)
-        run.log.append({"event": "train", "step": state.step, **metrics, "lr": learning_rate(spec, state.step - 1)})
+        run.log.append({"event": "train", "step": state.step, **metrics, "lr": lr})
         run.accelerator.log(metrics, step=state.step)
-        last = state.step == spec.steps
+        last = state.step == until
         if state.step % run.recipe.eval.every == 0 or last:
             evaluate_now(run)
         if state.step % spec.save_every == 0 or last:
@@ -237,7 +240,7 @@ def evaluate_now(run: Run) -> None:
     with averaged(run) as module:
         record: dict[str, Any] = {"event": "eval", "step": state.step}
         if run.heldout:
-            found = evaluate.pair_accuracy(run.modality, module, run.reference, run.heldout, run.recipe.seed, spec.draws)
+            found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, run.recipe.seed, spec.draws)
             record |= {"eval/pair_accuracy": found["accuracy"], "eval/margin": found["margin"], "eval/by_time": found["by_time"]}
             record |= {f"eval/drift_{b}": v for b, v in found["drift"].items()}
         if run.judge and run.select:
@@ -275,6 +278,19 @@ def policy_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in trainable(unwrap(model)).items()}
 
 
+def load_best(run: Run) -> None:
+    """Put the best weights so far into the model; nothing happens when no evaluation has been better than another yet."""
+    path = run.folder / "best" / "policy.safetensors"
+    if run.progress.best_step and path.exists():
+        _put(run.model, checkpoint.from_bytes(path.read_bytes()))
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in trainable(unwrap(model)).items():
+        parameter.copy_(values[name])
+
+
 def save(run: Run) -> None:
     """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
     names = {p: n for n, p in trainable(unwrap(run.model)).items()}
@@ -294,9 +310,9 @@ def resume(run: Run) -> bool:
     if found is None:
         run.log.truncate(0)
         return False
-    with torch.no_grad():
-        for name, parameter in trainable(unwrap(run.model)).items():
-            parameter.copy_(found.tensors["policy"][name])
+    _put(run.model, found.tensors["policy"])
+    if "reference" in found.tensors and _moving(run) is None:
+        run.reference = Values(run.model)  # a later round's: the policy as it was at the round's start
     names = {p: n for n, p in trainable(unwrap(run.model)).items()}
     checkpoint.unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
     for name, values in (("ema", run.ema), ("reference", _moving(run))):

@@ -17,7 +17,7 @@ share (t, eps), and so do policy and reference: all of it is drawn once, in `dra
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmpo.cache import Cache, key
+from mmpo.checkpoint import write_atomic
+from mmpo.evaluate import Samples
 from mmpo.media import open_image
-from mmpo.modalities import families
+from mmpo.modalities import families, lora
 from mmpo.modalities.diffusion_config import ModelConfig
 from mmpo.modalities.inversion import invert
+from mmpo.modalities.sheet import contact_sheet, to_png
 from mmpo.modality import DrawKey
 from mmpo.pair import Block, Pair, image, text
 from mmpo.schema import DrawConfig
@@ -51,7 +54,7 @@ class Encoded:
     latents: dict[str, Tensor]
     condition: dict[str, Tensor]
     empty: dict[str, Tensor]
-    sizes: dict[str, tuple[int, ...]]  # SDXL's micro-conditions of each member: original size, crop, target size
+    sizes: dict[str, families.Size]  # SDXL's micro-conditions of each member: original size, crop, target size
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,21 @@ class Adapter:
 
     PROVIDES = frozenset({"err"})
     branches = ("chosen", "rejected")
+    embedded_data = EMBEDDED / "candidates.parquet"
+    embedded_judge = "shapes"
 
     def __init__(self, config: ModelConfig, draw: DrawConfig, cache: Cache, device: torch.device, prompt_dropout: float = 0.0):
         self.config, self.spec, self.cache, self.device, self.prompt_dropout = config, draw, cache, device, prompt_dropout
+        self._path = str(EMBEDDED) if config.path == "embedded" else config.path
         self.loaded = families.load(
-            str(EMBEDDED) if config.path == "embedded" else config.path,
+            self._path,
             family=config.family,
             dtype=_DTYPES[config.dtype],
             allow_download=config.allow_download,
         )
-        self.loaded.pipe.to(device)
-        self.resolution = config.resolution or self.loaded.resolution
+        self.loaded.to(device)
+        self.resolution = config.resolution or _own_resolution(self.loaded)
+        self.is_embedded = config.path == "embedded"
         self.starts_from_adapter = bool(config.lora.path)
         self.model = self._trainable()
         self._encoders = self.loaded.digest()
@@ -108,11 +115,11 @@ class Adapter:
                     module.p = 0.0
         if self.config.adapter == "full":
             return denoiser.requires_grad_(True).float()
-        return families.add_lora(self.loaded, self.config.lora)
+        return lora.wrap(self.loaded, self.config.lora)
 
     def load_reference(self, path: str) -> nn.Module:
         """The denoiser of another directory, for reference.kind: path."""
-        other = families.load(path, family=self.loaded.family, dtype=torch.float32, allow_download=self.config.allow_download)
+        other = families.load(path, family=self.loaded.family.name, dtype=self.loaded.dtype, allow_download=self.config.allow_download)
         return other.denoiser.to(self.device)
 
     # ---- encode: frozen, cached by content
@@ -133,7 +140,7 @@ class Adapter:
             {name: s["latent"] for name, s in sides.items()},
             conditions[pair.caption],
             conditions[""],
-            {name: tuple(s["size"].tolist()) for name, s in sides.items()},
+            {name: families.Size(*s["size"].tolist()) for name, s in sides.items()},
         )
 
     def _cached(self, what: str, items: list[str], compute: Any) -> dict[str, dict[str, Tensor]]:
@@ -218,7 +225,7 @@ class Adapter:
         return blocks
 
     def _sample(self, conditions: list[dict], empty: dict, seeds: Sequence[int], model: nn.Module) -> list[Block]:
-        size = (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
+        size = families.Size.square(self.resolution)
         shape = self.loaded.latent_shape(self.resolution)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
         latents = self.loaded.sample(
@@ -227,10 +234,16 @@ class Adapter:
             noise,
             steps=self.config.sample_steps,
             guidance=self.config.guidance,
-            uncond=self.loaded.collate([empty] * len(conditions), [size] * len(conditions)),
+            uncond=self._uncond(empty, size, len(conditions)),
         )
         pixels = (self.loaded.decode(latents).float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [image(p) for p in pixels]
+
+    def _uncond(self, empty: dict, size: families.Size, count: int) -> Any:
+        """The dropped condition, where guidance needs one; guidance-distilled models take the scale as an input."""
+        if self.config.guidance == 1 or self.loaded.config.get("guidance_embeds"):
+            return None
+        return self.loaded.collate([empty] * count, [size] * count)
 
     def describe(self, beta: float) -> str:
         return f"beta {beta:g} = beta_dpo {1000 * beta:g}: kappa {500 * beta:g} on the margin of mean squared errors ({self.loaded.process.target})"
@@ -240,11 +253,48 @@ class Adapter:
         noise = [image(rng.integers(0, 255, (self.resolution, self.resolution, 3), dtype=np.uint8)) for _ in range(4)]
         return [Pair(f"dummy{i}", (text("a picture"),), (noise[2 * i],), (noise[2 * i + 1],)) for i in range(2)]
 
-    def save_adapter(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, folder: Path, merge: bool = False) -> None:
+        """Write what plain diffusers loads: `pytorch_lora_weights.safetensors`, or the whole pipeline (full, or merged)."""
+        folder.mkdir(parents=True, exist_ok=True)
         if self.config.adapter == "full":
             self.loaded.save_full(folder)
+        elif merge:
+            lora.save_merged(self.loaded, model, folder)
         else:
             self.loaded.save_lora(model, folder)
+
+    @torch.no_grad()
+    def check_export(self, model: nn.Module, folder: Path, merge: bool = False) -> tuple[float, float, float]:
+        """Reload by plain diffusers: largest difference from the policy's output, from the base's, and the output's size."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn((2, *self.loaded.latent_shape(self.resolution)), generator=generator).to(self.device)
+        t = self.loaded.process.time(torch.tensor([0.3, 0.7], device=self.device))
+        pairs = self.dummy()
+        condition = self.loaded.collate([e.condition for e in self.encode(pairs)], [families.Size.square(self.resolution)] * 2)
+        whole = self.config.adapter == "full" or merge
+        base = families.load(self._path, family=self.loaded.family.name, dtype=self.loaded.dtype).to(self.device)
+        before = base.denoise(base.denoiser, x, t, condition)
+        theirs = lora.reload(base, folder, whole).to(self.device)
+        after = base.denoise(theirs, x, t, condition)
+        policy = self.loaded.denoise(model, x, t, condition)
+        return float((after - policy).abs().max()), float((after - before).abs().max()), float(policy.abs().max())
+
+    def how_to_load(self, folder: Path, merge: bool = False) -> str:
+        """Two lines of Python for the user."""
+        if self.config.adapter == "full" or merge:
+            return f"  pipe = DiffusionPipeline.from_pretrained({str(folder)!r})"
+        return f"  pipe = DiffusionPipeline.from_pretrained({self._path!r})\n  pipe.load_lora_weights({str(folder)!r})"
+
+
+    def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
+        """base/NNN.png and aligned/NNN.png in one order, captions.json, and sheet.png of the first ones, base above aligned."""
+        captions = [" ".join(str(b.data) for b in p) for p in prompts]
+        for name, samples in (("base", base), ("aligned", aligned)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for i, block in enumerate(samples.blocks):
+                write_atomic(folder / name / f"{i:03d}.png", to_png(block))
+        write_atomic(folder / "captions.json", json.dumps(captions, ensure_ascii=False, indent=0).encode())
+        write_atomic(folder / "sheet.png", contact_sheet(captions, base, aligned))
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -283,6 +333,12 @@ class _Draw:
         return torch.randn(shape, generator=self._stream("noise/" + member))
 
 
+def _own_resolution(loaded: families.Loaded) -> int:
+    """The side in pixels that a checkpoint was made for."""
+    side = int(loaded.config["sample_size"])
+    return side if loaded.vae is None else side * int(loaded.pipe.vae_scale_factor)
+
+
 def _scatter(logp: Tensor, err: Tensor, rows: Tensor, pairs: int) -> Scores:
     """(rows,) values to (B, 1), with the mask false where a pair has no such side."""
     mask = torch.zeros(pairs, dtype=torch.bool, device=logp.device).index_fill(0, rows, True)
@@ -298,12 +354,3 @@ def _fit(picture: Image.Image, size: int) -> tuple[Tensor, tuple[int, ...]]:
     top, left = (scaled.height - size) // 2, (scaled.width - size) // 2
     pixels = np.asarray(scaled.crop((left, top, left + size, top + size)), dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), (height, width, top, left, size, size)
-
-
-def to_png(block: Block) -> bytes:
-    """A sampled image block as PNG bytes."""
-    if isinstance(block.data, bytes):
-        return block.data
-    out = io.BytesIO()
-    Image.fromarray(block.data).save(out, "PNG")
-    return out.getvalue()

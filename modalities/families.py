@@ -101,7 +101,7 @@ class Loaded:
         """Pictures (N, 3, H, W) fp32 in [0, 1] of scaled latents."""
         if self.vae is not None:
             scale, shift = self._scaling
-            latents = self.vae.decode((latents / scale + shift).to(self.vae.dtype), return_dict=False)[0]
+            latents = self.vae.decode((latents / scale + shift).to(self.vae.device, self.vae.dtype), return_dict=False)[0]
         return (latents.float() / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -169,7 +169,7 @@ class Loaded:
             conditions = conditions | {"guidance": torch.full_like(conditions["guidance"], guidance)}
         elif guidance != 1 and uncond is None:
             raise ValueError(f"sampling: guidance {guidance} needs the unconditional conditions, got none; set guidance to 1")
-        times = self.process.levels(steps, tokens=self._tokens(noise)).to(noise.device)
+        times = self.process.levels(steps, tokens=self.tokens(noise)).to(noise.device)
         latents = noise
         for i, level in enumerate(times):
             t = level.expand(len(noise))
@@ -189,8 +189,8 @@ class Loaded:
 
     # Files -------------------------------------------------------------------------------------------------------------
 
-    def save_lora(self, model: nn.Module, folder: Path | str) -> None:
-        """Write the LoRA of a denoiser, wrapped by peft or with an injected adapter, for plain diffusers.
+    def save_lora(self, model: nn.Module, folder: Path | str, adapter: str = "default") -> None:
+        """Write one LoRA adapter of a denoiser, wrapped by peft or injected into it, for plain diffusers.
 
         The file is `pytorch_lora_weights.safetensors`, for `Pipeline.load_lora_weights(folder)`. PixArt's pipelines have no
         such method: there it is peft's own layout, for `PeftModel.from_pretrained(pipe.transformer, folder)`. ValueError
@@ -201,22 +201,26 @@ class Loaded:
         from peft import PeftModel, get_peft_model_state_dict
 
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
-        self._check_lora(inner)
+        self._check_lora(inner, adapter)
         if isinstance(inner, PeftModel) and not hasattr(self.pipe, "save_lora_weights"):
-            return inner.save_pretrained(str(folder))
-        layers = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(inner).items()}
+            return inner.save_pretrained(str(folder), selected_adapters=[adapter])
+        layers = {
+            k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(inner, adapter_name=adapter).items()
+        }
         if self.family.denoiser == "unet":
             layers = convert_state_dict_to_diffusers(layers)
         names = {f"{self.family.denoiser}_lora_layers": layers}
-        names[f"{self.family.denoiser}_lora_adapter_metadata"] = _metadata(next(iter(inner.peft_config.values())))
+        names[f"{self.family.denoiser}_lora_adapter_metadata"] = _metadata(inner.peft_config[adapter])
         self.pipe.save_lora_weights(str(folder), **names)
 
-    def _check_lora(self, inner: Any) -> None:
+    def _check_lora(self, inner: Any, adapter: str) -> None:
         if not self.family.lora_targets:
             name = type(self.denoiser).__name__
             raise ValueError(f"save LoRA: diffusers loads no LoRA into a {name}; train it in full and use save_full")
-        if not hasattr(inner, "peft_config"):
-            raise ValueError(f"save LoRA: expected a model with a peft adapter, got a {type(inner).__name__} without one")
+        if adapter not in getattr(inner, "peft_config", {}):
+            raise ValueError(
+                f"save LoRA: expected a model with a peft adapter {adapter!r}, got a {type(inner).__name__} without"
+            )
 
     def save_full(self, folder: Path | str) -> None:
         """Write the whole pipeline, with the denoiser as it is now, as safetensors. A safety checker is not included."""
@@ -259,7 +263,8 @@ class Loaded:
     def _patch(self) -> int:
         return self.family.packing * int(self.config.get("patch_size") or 1)
 
-    def _tokens(self, latents: Tensor) -> int:
+    def tokens(self, latents: Tensor) -> int:
+        """Number of tokens a transformer sees of latents (N, C, h, w): what a dynamic timestep shift depends on."""
         return latents.shape[-1] * latents.shape[-2] // self._patch**2
 
 
@@ -287,7 +292,7 @@ def load(
         pipe = cls.from_pretrained(
             path, torch_dtype=precision, use_safetensors=True, local_files_only=not allow_download, **chosen.options
         )
-    except (OSError, EnvironmentError) as error:
+    except OSError as error:
         raise ValueError(f"{path}: cannot be loaded as a {index['_class_name']} from safetensors: {error}") from error
     _check_vae(pipe, path)
     denoiser = getattr(pipe, chosen.denoiser)

@@ -17,18 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpo.modalities.families import Loaded
+from mmpo.modalities.noise import NoiseProcess
 from mmpo.schema import DrawConfig
 
 
 @torch.no_grad()
-def invert(loaded: Any, model: nn.Module, clean: Tensor, time: Tensor, condition: Any, seeds: list[int], spec: DrawConfig):
+def invert(
+    loaded: Loaded, model: nn.Module, clean: Tensor, time: Tensor, condition: Any, seeds: list[int], spec: DrawConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Invert each row to its own level. Returns t (N,), x_t (N, C, H, W) and the implied noise, same shape.
 
     clean: (N, C, H, W) latents. time: (N,) in [0, 1); its tenth (for 10 steps) picks the level. seeds: one per row, for
     the eta noise. Rows that have reached their level wait, masked, while the others go on.
     """
     process, steps = loaded.process, spec.inversion_steps
-    levels = process.levels(steps).flip(0).to(clean.device)  # ascending noise
+    levels = process.levels(steps, tokens=loaded.tokens(clean)).flip(0).to(clean.device)  # ascending noise
     goal = (time * steps).long().clamp(max=steps - 1)
     noises = [torch.Generator().manual_seed(s) for s in seeds]
     predict = _predictor(loaded, model, condition)
@@ -49,17 +53,17 @@ def invert(loaded: Any, model: nn.Module, clean: Tensor, time: Tensor, condition
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
-def _predictor(loaded: Any, model: nn.Module, condition: Any) -> Predict:
+def _predictor(loaded: Loaded, model: nn.Module, condition: Any) -> Predict:
     return lambda x, t: loaded.denoise(model, x, t, condition).float()
 
 
-def _ddim(process: Any, predict: Predict, x: Tensor, current: Tensor | None, target: Tensor) -> Tensor:
+def _ddim(process: NoiseProcess, predict: Predict, x: Tensor, current: Tensor | None, target: Tensor) -> Tensor:
     """One inverse step; the model is asked where the step starts (at the clean end: at the smallest time there is)."""
     start = torch.zeros_like(target) if current is None else current
     return process.step(x, predict(x, start), current, target)
 
 
-def _renoise(process: Any, predict: Predict, x: Tensor, current: Tensor | None, target: Tensor) -> Tensor:
+def _renoise(process: NoiseProcess, predict: Predict, x: Tensor, current: Tensor | None, target: Tensor) -> Tensor:
     """A step with the mean of the predictions at its start and at its first guess of the end (ReNoise)."""
     start = torch.zeros_like(target) if current is None else current
     first = predict(x, start)
@@ -67,7 +71,7 @@ def _renoise(process: Any, predict: Predict, x: Tensor, current: Tensor | None, 
     return process.step(x, 0.5 * (first + predict(guess, target)), current, target)
 
 
-def _spread(process: Any, low: Tensor, high: Tensor, ndim: int) -> Tensor:
+def _spread(process: NoiseProcess, low: Tensor, high: Tensor, ndim: int) -> Tensor:
     """Standard deviation of q(x_low | x_high, x0): s_low sqrt(1 - (a_high s_low / (a_low s_high))^2)."""
     ratio = process.a(high) * process.s(low) / (process.a(low) * process.s(high))
     return _shape(process.s(low) * (1 - ratio.square()).clamp(min=0).sqrt(), ndim)

@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,10 +109,12 @@ def png(width: int, height: int, body: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [5001, 9_600, 20_000, 2**30])
+@pytest.mark.parametrize(
+    ("side", "words"), [(5001, "5001x5001 pixels"), (9_600, "9600x9600 pixels"), (20_000, "Bomb"), (2**30, "Bomb")]
+)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_decompression_bombs_are_refused_from_the_header(side: int) -> None:
-    with pytest.raises(DataError, match="pixels|decoded"):
+def test_decompression_bombs_are_refused_from_the_header(side: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
         media.pixels(png(side, side, b"\0" * 1000))
 
 
@@ -164,7 +167,8 @@ def test_exif_orientation_is_applied() -> None:
 
 def test_arrays_pass_and_wrong_arrays_do_not() -> None:
     assert np.array_equal(media.pixels(pair.image(RED)), RED)
-    for wrong in (RED[..., 0], RED.astype(np.float32), RED[..., :2], RED[:0]):
+    wrongs: list[Any] = [RED[..., 0], RED.astype(np.float32), RED[..., :2], RED[:0]]
+    for wrong in wrongs:
         with pytest.raises(DataError, match="uint8"):
             media.pixels(wrong)
     with pytest.raises(DataError, match="found str"):

@@ -81,7 +81,7 @@ def synthetic_run(run: Path, steps: int = 40) -> Path:
         "win_rate": {"value": 0.71, "low": 0.63, "high": 0.78, "n": 128},
         "heldout_pair_accuracy": 0.83,
         "pairs": {"train": 1500, "heldout": 200},
-        "ledger": {"used": 1700, "skipped": {"tie": 41}},
+        "data": {"used": 1700, "skipped": {"tie": 41}},
         "steps": steps,
         "best_step": steps // 2,
         "seconds": 117.4,
@@ -205,7 +205,7 @@ def test_a_run_without_summary_shows_the_newest_evaluation() -> None:
 
 
 def test_ledger_is_flat_and_complete() -> None:
-    summary = {"pairs": {"train": 3}, "ledger": {"rows": {"used": 3, "skipped": {"tie": 1}}, "examples": ["row 7", "row 9"]}}
+    summary = {"pairs": {"train": 3}, "data": {"rows": {"used": 3, "skipped": {"tie": 1}}, "examples": ["row 7", "row 9"]}}
     rows = [("pairs, train", 3), ("rows, used", 3), ("rows, skipped, tie", 1), ("examples", "row 7, row 9"), ("log records", 0)]
     assert ledger_rows(summary, [], 0) == rows
 

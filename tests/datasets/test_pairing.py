@@ -63,7 +63,7 @@ def test_all_gives_every_strict_pair_and_the_counts_add_up(scores, margin, limit
     pairs, drops = pair_up(group(*scores), "all", margin=margin, max_per_prompt=limit)
     gaps = [abs(a - b) for i, a in enumerate(scores) for b in scores[:i]]
     strict = [g for g in gaps if g > 0 and g >= margin]
-    assert len(pairs) == len(strict) if limit is None else min(limit, len(strict))
+    assert len(pairs) == (len(strict) if limit is None else min(limit, len(strict)))
     if len(set(scores)) > 1:
         assert len(pairs) + sum(n for reason, n in drops.items() if reason.startswith("pair:")) == len(gaps)
         assert drops.get("pair: tied scores", 0) == gaps.count(0)
@@ -74,7 +74,7 @@ def test_all_gives_every_strict_pair_and_the_counts_add_up(scores, margin, limit
 def test_best_worst() -> None:
     (pair,), drops = pair_up(group(0.5, 0.9, 0.1), "best_worst")
     assert pair.scores == {"chosen": 0.9, "rejected": 0.1} and drops == {}
-    assert pair.chosen[0].data[0, 0, 0] == 1 and pair.rejected[0].data[0, 0, 0] == 2
+    assert [b.digest for b in (*pair.chosen, *pair.rejected)] == [candidate("p", i, None).block.digest for i in (1, 2)]
 
 
 def test_margin_keeps_gaps_of_at_least_tau() -> None:
@@ -133,6 +133,7 @@ def test_ids_are_content_and_survive_other_scores() -> None:
 def test_by_prompt_groups_by_content() -> None:
     rows = [candidate("a", 0, 1.0), candidate("b", 1, 1.0), candidate("a", 2, 0.0)]
     assert [len(g) for g in by_prompt(rows).values()] == [2, 1]
+    assert pair_up(rows, "all") == pair_up(by_prompt(rows), "all")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import diffusers as D
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 from mmpo.modalities.noise import NoiseProcess
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+D: Any = diffusers  # its classes are untyped lazy objects
+
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP = {
     "linear": D.DDPMScheduler(),
     "scaled": D.DDIMScheduler(**SD),
@@ -107,7 +111,7 @@ def test_low_precision_latents_get_fp32_coefficients() -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("steps", [2, 7, 50])
 def test_vp_levels_are_the_schedulers(spacing: str, steps: int) -> None:
     scheduler = D.DDIMScheduler(**SD, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
     mine = NoiseProcess.from_scheduler_config(scheduler.config, "DDIMScheduler")
@@ -126,6 +130,11 @@ def test_flow_levels_are_the_schedulers() -> None:
     torch.testing.assert_close(mine.levels(4, tokens=4096).float(), dynamic.sigmas[:-1])
     with pytest.raises(ValueError, match="pass tokens"):
         mine.levels(4)
+
+
+def test_one_linspace_step_starts_at_noise() -> None:
+    """The schedulers' own grid starts a single step at t = 0, where there is nothing left to denoise."""
+    assert NoiseProcess(vp().abar, "epsilon", spacing="linspace").levels(1).tolist() == [999]
 
 
 def test_sampling_steps_are_bounded() -> None:

@@ -76,9 +76,9 @@ def ddim(**changes: Any) -> D.DDIMScheduler:
 
 def _unet(**changes: Any) -> D.UNet2DConditionModel:
     settings: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 32,
+        "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 4,
+        "cross_attention_dim": 32, "attention_head_dim": 4,
     }  # fmt: skip
     return D.UNet2DConditionModel(**(settings | changes))
 
@@ -132,14 +132,17 @@ def _flux(folder: Path, overrides: dict[str, Any]) -> Any:
     return D.FluxPipeline(**parts)
 
 
-def _pixart(folder: Path, overrides: dict[str, Any]) -> Any:
-    transformer = D.PixArtTransformer2DModel(
+def pixart(**changes: Any) -> D.PixArtTransformer2DModel:
+    return D.PixArtTransformer2DModel(
         sample_size=8, num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=32,
         in_channels=4, cross_attention_dim=24, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+        num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, **changes,
     )  # fmt: skip
+
+
+def _pixart(folder: Path, overrides: dict[str, Any]) -> Any:
     parts = {
-        "transformer": transformer, "scheduler": ddim(), "vae": kl(), "text_encoder": t5(), "tokenizer": word_tokenizer(),
+        "transformer": pixart(), "scheduler": ddim(), "vae": kl(), "text_encoder": t5(), "tokenizer": word_tokenizer(),
     } | overrides  # fmt: skip
     return D.PixArtAlphaPipeline(**parts)
 
@@ -148,6 +151,7 @@ def _sana(folder: Path, overrides: dict[str, Any]) -> Any:
     transformer = D.SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
         num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8, sample_size=8,
+        timestep_scale=0.5,
     )  # fmt: skip
     vae = D.AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, encoder_layers_per_block=(1, 1),

@@ -1,0 +1,223 @@
+"""The command line. It parses, calls one function, and turns exceptions into exit codes; nothing else happens here.
+
+Exit codes: 0 ok, 1 the run failed, 2 usage or configuration, 3 data, 4 a missing optional dependency, 130 interrupted.
+Whatever is heavy is imported inside the command that needs it, so that `mmpo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmpo import find
+from mmpo.errors import DataError, MissingExtra, RecipeError
+
+if TYPE_CHECKING:
+    from mmpo.recipe import Resolved
+
+OK, FAILED, USAGE, DATA, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Preference alignment for generative models of every modality.",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check preference data.")
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe may say, and what one says.")
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+UsageError: Any = typer.BadParameter.__base__  # click's own class in old versions of typer, a copy of it in new ones
+_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="a file or a name, then settings")]
+ModalityName = Annotated[str | None, typer.Option("--modality", help="what is generated; alone: its default recipe")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting that overrides all others")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", help="let the recipe use code of this module")]
+DataPath = Annotated[Path, typer.Argument(help="file or folder of rows")]
+Format = Annotated[str | None, typer.Option(help="importer; default: recognised from the columns")]
+Root = Annotated[Path | None, typer.Option(help="folder that media paths start from; default: the data's own")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")]
+
+
+@app.command(context_settings=_SETTINGS)
+def train(
+    words: Words = None,
+    modality: ModalityName = None,
+    settings: Settings = None,
+    plugins: Plugins = None,
+    rounds: Annotated[int | None, typer.Option(help="rounds of sample, judge, pair and train")] = None,
+    allow_drift: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="a setting that may differ when resuming")
+    ] = None,
+) -> int:
+    """Train: a recipe, or a modality's default. Settings are key=value or --key value, e.g. train.lr=1e-5."""
+    from dataclasses import replace
+
+    extra = [] if rounds is None else [f"train.rounds={rounds}"]
+    resolved = replace(_load(words, [*extra, *(settings or [])], modality, plugins), allow_drift=tuple(allow_drift or ()))
+    from mmpo.launch import run
+
+    return run(resolved)
+
+
+@data_app.command("validate")
+def data_validate(path: DataPath, format: Format = None, root: Root = None) -> int:
+    """Read every row and name each bad one; exit 3 if there are any."""
+    from mmpo.datasets.validate import validate
+
+    report = validate(path, format, root)
+    print("\n".join(report.lines()))
+    return DATA if report.bad else OK
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    out: Annotated[Path, typer.Option(help="folder for the samples")],
+    seed: Annotated[int, typer.Option(help="seed of the first sample")] = 0,
+) -> None:
+    """Generate from a finished run, the base model beside the aligned one."""
+    from mmpo import export
+
+    export.sample(run, prompt, seed, out)
+
+
+@app.command("eval")
+def evaluate(run: RunFolder) -> None:
+    """Measure a run again on its held-out prompts."""
+    from mmpo import export
+
+    export.evaluate(run)
+
+
+@app.command("export")
+def export_run(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="folder to write; default: inside the run")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="fold the adapter into the model's own weights")] = False,
+) -> None:
+    """Write the trained weights in the format the model's own library loads."""
+    from mmpo import export
+
+    export.export(run, out, merge)
+
+
+@app.command("make-base")
+def make_base(
+    modality: Annotated[str, typer.Argument(help="what is generated")],
+    out: Annotated[Path, typer.Option(help="folder for the model")],
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of the denoiser")] = None,
+    vae_steps: Annotated[int | None, typer.Option(help="optimizer steps of the autoencoder")] = None,
+    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
+) -> None:
+    """Train the small base model that mmpo ships, from scratch."""
+    makers = {"diffusion": "make_shapes"}
+    if modality not in makers:
+        raise RecipeError(f"no base to make for '{modality}' (there are: {', '.join(makers)}){find.nearest(modality, makers)}")
+    from importlib import import_module
+
+    given = {name: value for name, value in {"steps": steps, "vae_steps": vae_steps}.items() if value is not None}
+    import_module(f"mmpo.datasets.worlds.{makers[modality]}").make(out, seed=seed, **given)
+
+
+@app.command("list")
+def list_room(room: Annotated[str, typer.Argument(help=f"one of: {', '.join((*find.ROOMS, 'configs'))}")]) -> None:
+    """List what a room offers."""
+    from mmpo.recipe import configs
+
+    print("\n".join(configs() if room == "configs" else find.names(room)))
+
+
+@config_app.command("schema")
+def config_schema(modality: Annotated[str, typer.Option(help="whose model section to include")] = "diffusion") -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from mmpo.schema import recipe_class
+
+    print(json.dumps(recipe_class(modality).model_json_schema(), indent=2))
+
+
+@config_app.command("explain")
+def config_explain(
+    key: Annotated[str, typer.Argument(help="e.g. train.lr, or a section, or nothing for all sections")] = "",
+    modality: Annotated[str, typer.Option(help="whose model section to explain")] = "diffusion",
+) -> None:
+    """Say what a setting means, with its unit, limits and default."""
+    from mmpo.schema import explain
+
+    print(explain(key, modality))
+
+
+@config_app.command("validate", context_settings=_SETTINGS)
+def config_validate(
+    words: Words = None, modality: ModalityName = None, settings: Settings = None, plugins: Plugins = None
+) -> None:
+    """Check a recipe, and print it in full with where each value came from; or all that is wrong with it."""
+    from mmpo.recipe import dump
+
+    print(dump(_load(words, settings or [], modality, plugins)), end="")
+
+
+def _load(
+    words: Sequence[str] | None, settings: Sequence[str], modality: str | None, plugins: Sequence[str] | None
+) -> Resolved:
+    from mmpo import recipe as recipes
+
+    find.PLUGINS.update(plugins or ())
+    path, overrides = split_words(words or [])
+    return recipes.load(path, [*overrides, *settings], modality, losses=True)
+
+
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if one is named, and the `key=value` settings, from RECIPE, key=value, --key=value and --key value."""
+    recipe, settings, rest = None, [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals and not rest:
+                raise RecipeError(f"command line: {word} has no value (expected {word} VALUE or {word}=VALUE)")
+            settings.append(f"{key.replace('-', '_')}={value if equals else rest.pop(0)}")
+        elif re.match(r"[A-Za-z_][\w.]*=", word):
+            settings.append(word)
+        elif recipe is None:
+            recipe = word
+        else:
+            raise RecipeError(f"command line: two recipes (got {recipe!r} and {word!r}, expected one, then key=value)")
+    return recipe, settings
+
+
+def exit_code(error: BaseException) -> int:
+    """A ValueError is something the user can put right in what was given; anything else is a run that failed."""
+    kinds = {
+        KeyboardInterrupt: INTERRUPTED,
+        typer.Abort: INTERRUPTED,
+        DataError: DATA,
+        MissingExtra: MISSING,
+        ValueError: USAGE,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), FAILED)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: sys.argv) and returns its exit code. MMPO_DEBUG=1 lets exceptions through."""
+    try:
+        return app(args=arguments, prog_name="mmpo", standalone_mode=False) or OK
+    except UsageError as error:
+        error.show()
+        return USAGE
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("MMPO_DEBUG") == "1":
+            raise
+        code = exit_code(error)
+        named = code == FAILED and type(error).__module__ != "mmpo.errors"
+        message = "interrupted" if code == INTERRUPTED else f"{type(error).__name__}: {error}" if named else str(error)
+        print(f"mmpo: {message}" if len(message.splitlines()) < 2 else message, file=sys.stderr)
+        return code

@@ -1,0 +1,91 @@
+"""After the run: open it again, sample from it, measure it, and write its weights for other programs.
+
+An export is reloaded by the model's own library and compared before it counts: it has to give the trained policy's output,
+and must not be the base model over again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpo import checkpoint, recipe as recipes
+from mmpo import reference as references
+from mmpo.errors import RunFailed
+from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate
+from mmpo.evaluate import sample as sample_and_judge
+from mmpo.launch import build_objective, make_judge, make_modality
+from mmpo.pair import text
+from mmpo.prepare import prepare
+from mmpo.recipe import Resolved
+
+
+def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
+    """The recipe and the adapter of a run with its best weights in the model, and the weights of the start beside them.
+
+    Raises ValueError when the folder holds no run, or one that has not reached its first evaluation.
+    """
+    best = folder / "best" / "policy.safetensors"
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder} holds no run: expected recipe.yaml, which `mmpo train out={folder}` writes")
+    if not best.exists():
+        raise ValueError(f"{folder}: no weights under best/; the run has not reached its first evaluation, start its command again")
+    resolved = recipes.load(folder / "recipe.yaml")
+    torch.manual_seed(resolved.recipe.seed)
+    modality = make_modality(resolved.recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    start = references.Values(modality.model)
+    trained = checkpoint.from_bytes(best.read_bytes())
+    with torch.no_grad():
+        for name, parameter in references.trainable(modality.model).items():
+            parameter.copy_(trained[name])
+    return resolved, modality, start
+
+
+def write(modality: Any, model: torch.nn.Module, folder: Path, merge: bool = False) -> None:
+    """Write the weights to `folder` and prove them. Raises RunFailed when they differ from the policy or equal the base."""
+    modality.save(model, folder, merge)
+    difference, change, scale = modality.check_export(model, folder, merge)
+    if not difference <= 1e-3 * scale:
+        raise RunFailed(f"{folder}: reloaded, the export differs from the trained policy by {difference:.3g} (outputs are of size {scale:.3g})")
+    if change <= 1e-6 * scale:
+        raise RunFailed(f"{folder}: the export gives the base model's output: the training changed nothing. Is the learning rate too small?")
+
+
+def export(run: Path, out: Path | None, merge: bool) -> None:
+    _, modality, _ = open_run(run)
+    target = out or run / ("merged" if merge else "export")
+    write(modality, modality.model, target, merge)
+    print(f"{target}: written, reloaded and equal to the trained policy\n{modality.how_to_load(target, merge)}")
+
+
+def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
+    """base/NNN.png and aligned/NNN.png for the prompts, same seeds, and a sheet of both."""
+    _, modality, start = open_run(run)
+    asked = [(text(p),) for p in prompts]
+    seeds = [seed + i for i in range(len(prompts))]
+    with start.active(modality.model) as base:
+        before = modality.sample(base, asked, seeds)
+    after = modality.sample(modality.model, asked, seeds)
+    modality.write_samples(out, asked, Samples.unjudged(before), Samples.unjudged(after))
+    print(out / "sheet.png")
+
+
+def evaluate(run: Path) -> None:
+    """Measure a finished run again, on its test prompts and held-out pairs; prints what summary.json holds."""
+    resolved, modality, start = open_run(run)
+    spec, judge = resolved.recipe, make_judge(resolved.recipe, modality, modality.device)
+    data = prepare(spec, str(modality.embedded_data), judge)
+    build_objective(resolved)
+    found: dict[str, Any] = {"pairs": evaluate_pairs(modality, modality.model, start, data.heldout, spec.seed, spec.eval.draws)}
+    if judge:
+        test = trials(data.test or data.select, spec.eval.test_seeds, "test", spec.seed)
+        with start.active(modality.model) as module:
+            base = sample_and_judge(modality, module, judge, test)
+        aligned = sample_and_judge(modality, modality.model, judge, test)
+        found |= {"base": base.summary(), "aligned": aligned.summary()}
+        found["win_rate"] = win_rate(aligned.scores, base.scores, spec.eval.test_seeds)
+    print(json.dumps(found, indent=2))

@@ -1,0 +1,293 @@
+"""From a recipe to a finished run: build everything, check it, train, and write what a person wants to see."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from mmpo import checkpoint, evaluate, recipe as recipes
+from mmpo import reference as references
+from mmpo.cache import Cache
+from mmpo.diagnosis import diagnose
+from mmpo.errors import RecipeError, RunFailed
+from mmpo.evaluate import Judge, Samples
+from mmpo.find import find
+from mmpo.objective import Objective, make_term
+from mmpo.pair import Pair
+from mmpo.prepare import Prepared, prepare
+from mmpo.recipe import Resolved
+from mmpo.reference import Cached, Values, trainable, unwrap
+from mmpo.report import write_report
+from mmpo.rounds import fresh_pairs
+from mmpo.runlog import RunLog, read
+from mmpo.schema import Recipe
+from mmpo.train import Run, evaluate_now, forward, load_best, resume, save, train
+
+
+def run(resolved: Resolved) -> int:
+    """Train as a recipe says, in its run folder. The same command continues a run that was interrupted. Returns 0."""
+    recipe = resolved.recipe
+    folder = Path(recipe.out or _default_folder(resolved))
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.RunLock(folder):
+        _claim(folder, resolved)
+        if (folder / "summary.json").exists():
+            print(f"{folder} is finished: {json.loads((folder / 'summary.json').read_text())['verdict']}\nFor another run give it another folder: out=DIR")
+            return 0
+        started = time.monotonic()
+        objective = build_objective(resolved)
+        adapter = find("modalities", recipe.modality)
+        objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
+        torch.manual_seed(recipe.seed)
+        current = build(recipe, folder, objective)
+        if not resume(current[0]):
+            _begin(*current)
+        _rounds(*current)
+        finish(*current, seconds=time.monotonic() - started)
+    return 0
+
+
+def build_objective(resolved: Resolved) -> Objective:
+    recipes.check_objective(resolved)
+    terms = []
+    for term in resolved.recipe.objective:
+        options = recipes.loss_parameters(term)
+        terms.append(make_term(term.loss, term.of, weight=term.weight, reduce=term.reduce, link=term.link, **options))
+    return Objective(terms)
+
+
+def build(recipe: Recipe, folder: Path, objective: Objective) -> tuple[Run, Prepared]:
+    """Load the model, the judge and the data, and put the trainable module on its devices."""
+    accelerator = make_accelerator(recipe, folder)
+    modality = make_modality(recipe, folder, accelerator.device)
+    judge = make_judge(recipe, modality, accelerator.device)
+    data = prepare(recipe, str(modality.embedded_data), judge)
+    _check_pairs(objective, data.train)
+    _encode(modality, data.train + data.heldout)
+    reference: Any = references.build(recipe.reference, modality, modality.model)
+    ema = Values(modality.model, recipe.train.ema) if recipe.train.ema else None
+    if reference is not None and recipe.reference.cache:
+        reference = Cached(reference, Cache(_cache_file(recipe, folder, "reference")), modality.model)
+    if not trainable(modality.model):
+        raise RunFailed("the model has no trainable parameter: set model.adapter: full, or lora targets that exist in it")
+    keeps_start = reference is not None and reference.fixed and recipe.reference.kind != "path" and recipe.train.rounds == 1
+    start = None if keeps_start else Values(modality.model)
+    model, optimizer = accelerator.prepare(modality.model, make_optimizer(recipe, modality.model))
+    select = evaluate.trials(data.select, recipe.eval.seeds, "select", recipe.seed)
+    parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
+    return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start), data
+
+
+def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
+    plugin = None
+    if recipe.train.fsdp:
+        from accelerate import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.track) or None, project_dir=str(folder), fsdp_plugin=plugin)
+    if recipe.track:
+        accelerator.init_trackers("mmpo", {"recipe": json.dumps(recipe.model_dump(mode="json"))})
+    return accelerator
+
+
+def make_modality(recipe: Recipe, folder: Path, device: torch.device) -> Any:
+    cache = Cache(_cache_file(recipe, folder, "encoded"))
+    return find("modalities", recipe.modality)(recipe.model, recipe.draw, cache, device, recipe.data.prompt_dropout)
+
+
+def make_judge(recipe: Recipe, modality: Any, device: torch.device) -> Judge | None:
+    """The recipe's judge; on the embedded world, its exact verifier; otherwise none, and pair accuracy decides alone."""
+    name = recipe.judge.name or (modality.embedded_judge if modality.is_embedded else None)
+    return find("judges", name)(path=recipe.judge.path, device=str(device), **recipe.judge.options) if name else None
+
+
+def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    spec, parameters = recipe.train, list(trainable(model).values())
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+    if spec.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+
+
+def _cache_file(recipe: Recipe, folder: Path, name: str) -> Path:
+    base = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
+    base.mkdir(parents=True, exist_ok=True)
+    return base / f"{name}.sqlite"
+
+
+def _encode(modality: Any, pairs: list[Pair], chunk: int = 64) -> None:
+    """Fill the cache of the frozen encoders before the first step, where a person can see how long it takes."""
+    for start in tqdm(range(0, len(pairs), chunk), desc="encode", unit="batch"):
+        modality.encode(pairs[start : start + chunk])
+
+
+def _check_pairs(objective: Objective, pairs: list[Pair]) -> None:
+    if objective.needs_pairs:
+        for pair in pairs:
+            if not (pair.chosen and pair.rejected):
+                side = "rejected" if pair.chosen else "chosen"
+                raise RecipeError(f"row {pair.id} has no {side} side, which {objective.terms[0].name} needs; for unpaired rows use loss: kto")
+
+
+# ---- start
+
+
+def _default_folder(resolved: Resolved) -> str:
+    """A folder named by the recipe's content: the same command finds its own run again."""
+    content = json.dumps(resolved.recipe.model_dump(mode="json"), sort_keys=True)
+    return f"runs/{resolved.recipe.modality}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
+def _claim(folder: Path, resolved: Resolved) -> None:
+    """Write the resolved recipe; refuse a folder whose run was started from another one."""
+    path, mine = folder / "recipe.yaml", resolved.recipe.model_dump(mode="json")
+    if path.exists():
+        theirs = yaml.safe_load(path.read_text())
+        changed = [k for k in _changed(theirs, mine) if k.split(".")[0] != "out" and k not in resolved.allow_drift]
+        if changed:
+            raise RecipeError(
+                f"{folder} holds a run of another recipe; different: {', '.join(changed)}. "
+                f"Use another out=, or continue it all the same with {' '.join('--allow-drift ' + k for k in changed)}"
+            )
+    checkpoint.write_atomic(path, recipes.dump(resolved).encode())
+
+
+def _changed(old: Any, new: Any, at: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [c for k in keys for c in _changed(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
+    return [] if old == new else [at]
+
+
+def _begin(run: Run, data: Prepared) -> None:
+    """The start of a fresh run: what it is about, the self-check, and the base's own evaluation."""
+    count = sum(p.numel() for p in trainable(run.model).values())
+    whole = sum(p.numel() for p in run.model.parameters())
+    print(f"{run.recipe.modality}: {len(run.pairs)} pairs to train on, {len(run.heldout)} held out; {count:,} of {whole:,} parameters train")
+    run.log.append({"event": "start", "pairs": len(run.pairs), "heldout": len(run.heldout), "trainable": count, "account": data.account})
+    self_check(run)
+    evaluate_now(run)
+    save(run)
+
+
+def self_check(run: Run) -> None:
+    """Before the first step: with the reference at the start, every margin is exactly 0 and DPO's loss is log 2.
+
+    Anything else means that policy and reference are not the same function at the start (dropout, precision, a wrong
+    reference), and the run is refused. Prints what beta means and the loss to expect.
+    """
+    with torch.no_grad():
+        result, _, pairs = forward(run, 0, 0)
+    for term in run.objective.terms:
+        if "beta" in term.options:
+            print(f"  {term.name}: {run.modality.describe(float(term.options['beta']))}")
+    margin = result.metrics.get("rewards/margins")
+    same = run.recipe.reference.kind in ("start", "adapter_off", "ema") and not (
+        run.recipe.reference.kind == "adapter_off" and run.modality.starts_from_adapter
+    )
+    if margin is not None and same and not bool((margin == 0).all()):
+        worst = int(margin.abs().argmax())
+        raise RunFailed(
+            f"policy and reference differ before the first step: reward margin {float(margin[worst]):.3g} on pair {pairs[worst].id}, "
+            "expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference lacks"
+        )
+    if not bool(result.loss.isfinite().all()):
+        raise RunFailed(f"the loss of pair {pairs[int((~result.loss.isfinite()).nonzero()[0])].id} is not finite before the first step")
+    checked = "margin exactly 0, " if margin is not None and same else ""
+    print(f"  self-check: {checked}loss {float(result.loss.mean()):.6f} before the first step")
+
+
+def _rounds(run: Run, data: Prepared) -> None:
+    """Round 1 trains on the given pairs; later ones on pairs of the policy's own samples, against the policy as it was."""
+    spec = run.recipe.train
+    for number in range(1, spec.rounds + 1):
+        if run.progress.step >= spec.steps * number:
+            continue
+        if number > 1:
+            fresh_pairs(run, data, number)
+        train(run, until=spec.steps * number)
+
+
+# ---- end
+
+
+def finish(run: Run, data: Prepared, seconds: float) -> None:
+    """Put the best weights in, compare with the base on the test prompts, and write samples, summary, export, report."""
+    from mmpo.export import write as write_export  # which opens runs by this module
+
+    load_best(run)
+    test = evaluate.trials(data.test or data.select, run.recipe.eval.test_seeds, "test", run.recipe.seed)
+    spec = run.recipe.eval
+    found = evaluate.evaluate_pairs(run.modality, run.model, run.reference, run.heldout, run.recipe.seed, spec.draws) if run.heldout else {}
+    summary: dict[str, Any] = {
+        "modality": run.recipe.modality,
+        "judge": run.recipe.judge.name or (run.modality.embedded_judge if run.judge else None),
+        "heldout_pair_accuracy": found.get("accuracy"),
+        "by_timestep": found.get("by_time", []),
+        "pairs": {"train": len(run.pairs), "heldout": len(run.heldout)},
+        "steps": run.progress.step,
+        "best_step": run.progress.best_step,
+        "seed": run.recipe.seed,
+        "data": data.account,
+        "command": f"mmpo train {run.folder / 'recipe.yaml'}",
+        "skipped_steps": run.progress.skipped_steps,
+        "parameters": {"trainable": sum(p.numel() for p in trainable(run.model).values())},
+    }
+    if run.judge and test:
+        with base_weights(run) as module:
+            base = evaluate.sample(run.modality, module, run.judge, test)
+        aligned = evaluate.sample(run.modality, run.model, run.judge, test)
+        summary["prompts"] = [" ".join(str(b.data) for b in t.prompt) for t in test for _ in t.seeds]
+        summary |= {"base": base.summary(), "aligned": aligned.summary()}
+        summary["win_rate"] = evaluate.win_rate(aligned.scores, base.scores, run.recipe.eval.test_seeds)
+        write_samples(run, test, base, aligned)
+    summary["flags"] = [f.as_dict() for f in diagnose(read(run.log.path))]
+    summary["verdict"] = verdict(summary)
+    summary["seconds"] = round(run.progress.seconds + seconds, 1)
+    run.log.append({"event": "end", "step": run.progress.step, "best_step": run.progress.best_step})
+    write_export(run.modality, unwrap(run.model), run.folder / "export")
+    checkpoint.write_atomic(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    page = write_report(run.folder)
+    run.accelerator.end_training()
+    print(f"\n{summary['verdict']}\n  report   {page}\n  export   {run.folder / 'export'}\n  summary  {run.folder / 'summary.json'}")
+
+
+def base_weights(run: Run) -> Any:
+    """The model as it was before the run, for the comparison."""
+    keeper = run.start or run.reference
+    assert keeper is not None
+    return keeper.active(run.model)
+
+
+def write_samples(run: Run, test: list[evaluate.Trial], base: Samples, aligned: Samples) -> None:
+    """samples/: one file per generation, and a contact sheet of base above aligned on the same prompts and seeds."""
+    prompts = [t.prompt for t in test for _ in t.seeds]
+    run.modality.write_samples(run.folder / "samples", prompts, base, aligned)
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """One plain sentence about what the run did."""
+    accuracy = summary["heldout_pair_accuracy"]
+    told = f"held-out pairs told apart {accuracy:.2f}" if accuracy is not None else "no held-out pairs"
+    if "win_rate" not in summary:
+        return f"No judge was given, so samples were not compared; {told} at step {summary['best_step']}."
+    win, base, aligned = summary["win_rate"], summary["base"], summary["aligned"]
+    interval = f"{win['value']:.2f} (95 % interval {win['low']:.2f} to {win['high']:.2f}, n = {win['n']})"
+    if win["low"] > 0.5:
+        start = "Aligned beats base"
+    elif win["high"] < 0.5:
+        start = "Aligned is worse than base"
+    else:
+        start = "No clear difference between aligned and base"
+    exact = f", correct {base['correct']:.2f} to {aligned['correct']:.2f}" if "correct" in base else ""
+    return f"{start}: win rate {interval} on held-out prompts; score {base['score']:.3f} to {aligned['score']:.3f}{exact}; {told}; best step {summary['best_step']} of {summary['steps']}."

@@ -1,0 +1,57 @@
+"""On-policy rounds: sample the policy, judge its samples, pair them up, and train on them against the policy as it was.
+
+A round starts from the best weights so far; they are also its reference, and the optimizer starts afresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from tqdm import tqdm
+
+from mmpo import reference as references
+from mmpo.datasets.formats.candidates import write_candidates
+from mmpo.datasets.load import load_candidates
+from mmpo.datasets.pairing import Candidate
+from mmpo.errors import RecipeError
+from mmpo.prepare import Prepared, Prompt, pair_candidates
+from mmpo.train import Run, load_best, save
+
+
+def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
+    """Set `run` up for round `number`: best weights, new reference, and pairs of its own samples (kept in rounds/)."""
+    if run.judge is None:
+        raise RecipeError("train.rounds > 1 needs a judge to score new samples: set judge.name, see `mmpo list judges`")
+    path = run.folder / "rounds" / f"{number}.parquet"
+    if run.progress.round < number:
+        load_best(run)
+        run.reference = references.Values(run.model)
+        run.optimizer.state.clear()
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_candidates(_sample(run, data.train_prompts, number), path)
+        run.progress.round = number
+        save(run)
+    groups, _ = load_candidates(path)
+    run.pairs, dropped = pair_candidates(run.recipe, [c for g in groups.values() for c in g], run.judge)
+    print(f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped or 'none'}")
+
+
+def _sample(run: Run, prompts: list[Prompt], number: int) -> list[Candidate]:
+    """`round_candidates` samples of each of `round_prompts` training prompts, with seeds of their own for each round."""
+    spec, rows = run.recipe.train, []
+    chosen = sorted(prompts, key=lambda p: _seed(run.recipe.seed, number, p, -1))[: spec.round_prompts]
+    jobs = [(p, _seed(run.recipe.seed, number, p, k)) for p in chosen for k in range(spec.round_candidates)]
+    for start in tqdm(range(0, len(jobs), 64), desc=f"round {number}: sample", unit="batch"):
+        part = jobs[start : start + 64]
+        blocks = run.modality.sample(run.model, [p for p, _ in part], [s for _, s in part])
+        rows += [Candidate(p, b, seed=s) for (p, s), b in zip(part, blocks, strict=True)]
+    verdict = run.judge([c.prompt for c in rows], [(c.block,) for c in rows])  # type: ignore[misc]
+    return [dataclasses.replace(c, score=s) for c, s in zip(rows, verdict.scores.tolist(), strict=True)]
+
+
+def _seed(*parts: Any) -> int:
+    name = "\0".join("".join(b.digest for b in p) if isinstance(p, tuple) else str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")

@@ -1,0 +1,73 @@
+"""Low-rank adapters on a denoiser: a fresh one, or one that continues an adapter file in diffusers' format."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmpo.modalities.families import Loaded
+
+
+def wrap(loaded: Loaded, config: Any) -> nn.Module:
+    """The denoiser with a trainable LoRA (arXiv 2106.09685); everything else is frozen. config: `LoraConfig` of the recipe.
+
+    A fresh adapter starts with B = 0 and so changes nothing. Raises ValueError when no layer has a target's name.
+    """
+    import peft
+
+    if not loaded.family.lora_targets and not config.targets:
+        raise ValueError(f"model.adapter: lora is not offered for {type(loaded.denoiser).__name__}, which diffusers loads no LoRA into; use full")
+    loaded.denoiser.requires_grad_(False)
+    spec = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,
+        init_lora_weights="gaussian",
+        target_modules=config.targets or loaded.lora_targets,
+    )
+    model = peft.get_peft_model(loaded.denoiser, spec)
+    if config.path:
+        _continue(loaded, model, config.path)
+    return model
+
+
+def _continue(loaded: Loaded, model: Any, path: str) -> None:
+    """Copy an adapter file (`pytorch_lora_weights.safetensors`) into the wrapped model. Every tensor has to find its place."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft import set_peft_model_state_dict
+
+    state = loaded.pipe.lora_state_dict(path, use_safetensors=True, local_files_only=True)
+    state = state[0] if isinstance(state, tuple) else state
+    prefix = loaded.family.denoiser + "."
+    layers = convert_unet_state_dict_to_peft({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    layers = {k: v for k, v in layers.items() if not k.endswith(".alpha")}
+    result = set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in layers.items()})
+    missing = [k for k in result.missing_keys if "lora_" in k]
+    if result.unexpected_keys or missing or not layers:
+        raise ValueError(
+            f"model.lora.path {path}: does not fit this adapter (rank, targets): {len(missing)} layers missing, "
+            f"{len(result.unexpected_keys)} unknown, e.g. {(missing + list(result.unexpected_keys) + ['no layers'])[0]}"
+        )
+
+
+def save_merged(loaded: Loaded, model: Any, folder: Path) -> None:
+    """Write the whole pipeline with the adapter folded into the denoiser's weights; the model itself keeps its adapter."""
+    merged = copy.deepcopy(model).merge_and_unload()
+    plain = dataclasses.replace(loaded, denoiser=merged, pipe=copy.copy(loaded.pipe))
+    setattr(plain.pipe, loaded.family.denoiser, merged)
+    plain.save_full(folder)
+
+
+def reload(base: Loaded, folder: Path, whole: bool) -> nn.Module:
+    """The denoiser as plain diffusers gets it from an export, whole or as an adapter on `base`."""
+    if whole:
+        return getattr(type(base.pipe).from_pretrained(str(folder), use_safetensors=True), base.family.denoiser)
+    if hasattr(base.pipe, "load_lora_weights"):
+        base.pipe.load_lora_weights(str(folder))
+        return getattr(base.pipe, base.family.denoiser)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base.denoiser, str(folder))
