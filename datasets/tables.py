@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,14 @@ def _width(row: dict[Any, Any], reader: csv.DictReader[str]) -> BadField:
     expected = len(reader.fieldnames or ())
     found = expected + len(row[None]) if None in row else sum(v is not None for v in row.values())
     return BadField("(row)", f"{expected} columns", f"{found}", "unreadable line")
+
+
+def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:
+    """Write rows as one parquet file, replaced as a whole, BATCH rows a group (each group has a header); returns how many."""
+    partial, count, iterator = path.with_name(path.name + ".partial"), 0, iter(rows)
+    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        while group := list(itertools.islice(iterator, BATCH)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+    os.replace(partial, path)
+    return count

@@ -1,6 +1,7 @@
 """The command line. It parses, calls one function, and turns exceptions into exit codes; nothing else happens here.
 
-Exit codes: 0 ok, 1 the run failed, 2 usage or configuration, 3 data, 4 a missing optional dependency, 130 interrupted.
+Exit codes: 0 ok, 1 the run failed, 2 usage or configuration, 3 data, 4 a missing optional dependency, 130 interrupted,
+143 terminated.
 Whatever is heavy is imported inside the command that needs it, so that `mmpo --help` answers at once.
 """
 
@@ -18,6 +19,7 @@ import typer
 
 from mmpo import find
 from mmpo.errors import DataError, MissingExtra, RecipeError
+from mmpo.interruption import Interrupted
 
 if TYPE_CHECKING:
     from mmpo.recipe import Resolved
@@ -91,10 +93,11 @@ def sample(
 
 
 @app.command("eval")
-def evaluate(run: RunFolder) -> None:
+def evaluate(run: RunFolder, plugins: Plugins = None) -> None:
     """Measure a run again on its held-out prompts."""
     from mmpo import export
 
+    find.PLUGINS.update(plugins or ())
     export.evaluate(run)
 
 
@@ -116,6 +119,9 @@ def make_base(
     out: Annotated[Path, typer.Option(help="folder for the model")],
     steps: Annotated[int | None, typer.Option(help="optimizer steps of the denoiser")] = None,
     vae_steps: Annotated[int | None, typer.Option(help="optimizer steps of the autoencoder")] = None,
+    pictures: Annotated[int | None, typer.Option(help="pictures the denoiser learns from")] = None,
+    prompts: Annotated[int | None, typer.Option(help="prompts that it samples candidates for")] = None,
+    candidates: Annotated[int | None, typer.Option(help="candidates of each of them")] = None,
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
 ) -> None:
     """Train the small base model that mmpo ships, from scratch."""
@@ -124,7 +130,8 @@ def make_base(
         raise RecipeError(f"no base to make for '{modality}' (there are: {', '.join(makers)}){find.nearest(modality, makers)}")
     from importlib import import_module
 
-    given = {name: value for name, value in {"steps": steps, "vae_steps": vae_steps}.items() if value is not None}
+    budget = {"steps": steps, "vae_steps": vae_steps, "pictures": pictures, "prompts": prompts, "candidates": candidates}
+    given = {name: value for name, value in budget.items() if value is not None}
     import_module(f"mmpo.datasets.worlds.{makers[modality]}").make(out, seed=seed, **given)
 
 
@@ -196,6 +203,8 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def exit_code(error: BaseException) -> int:
     """A ValueError is something the user can put right in what was given; anything else is a run that failed."""
+    if isinstance(error, Interrupted):
+        return 128 + error.number
     kinds = {
         KeyboardInterrupt: INTERRUPTED,
         typer.Abort: INTERRUPTED,
@@ -218,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         code = exit_code(error)
         named = code == FAILED and type(error).__module__ != "mmpo.errors"
-        message = "interrupted" if code == INTERRUPTED else f"{type(error).__name__}: {error}" if named else str(error)
+        silent = code == INTERRUPTED and not isinstance(error, Interrupted)
+        message = "interrupted" if silent else f"{type(error).__name__}: {error}" if named else str(error)
         print(f"mmpo: {message}" if len(message.splitlines()) < 2 else message, file=sys.stderr)
         return code

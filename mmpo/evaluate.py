@@ -7,7 +7,7 @@ at the end, with seeds of its own, and is what the summary reports.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,9 @@ def _diversity(blocks: Sequence[Block], trials: Sequence[Trial]) -> float:
     for trial in trials:
         group = arrays[start : start + len(trial.seeds)]
         start += len(trial.seeds)
-        distances += [float(np.sqrt(np.mean((a - b) ** 2))) for i, a in enumerate(group) for b in group[:i] if a.shape == b.shape]
+        distances += [
+            float(np.sqrt(np.mean((a - b) ** 2))) for i, a in enumerate(group) for b in group[:i] if a.shape == b.shape
+        ]
     return float(np.mean(distances)) if distances else 0.0
 
 
@@ -101,7 +103,8 @@ def evaluate_pairs(
     Ties count half, so an untrained policy reads exactly 0.5. Also: the mean margin, the drift of both members' errors
     against the reference (positive = the policy got worse on it: displacement), and accuracy by place on the schedule.
     """
-    margins, times, drift = [], [], {"chosen": [], "rejected": []}
+    margins, times = [], []
+    drift: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
     for index in range(draws):
         for start in range(0, len(pairs), batch):
             part = list(pairs[start : start + batch])
@@ -110,17 +113,25 @@ def evaluate_pairs(
             ratio = {b: (policy[b].logp - ref[b].logp if ref else policy[b].logp).sum(-1) for b in ("chosen", "rejected")}
             margins.append(ratio["chosen"] - ratio["rejected"])
             times.append(drawn.time)
-            for branch in drift:
-                drift[branch].append(-ratio[branch])
+            for branch in drift if ref else ():
+                drift[branch].append(-ratio[branch][policy[branch].mask.any(-1)])
     margin = torch.cat(margins).view(draws, -1).cpu()
     time = torch.cat(times).view(draws, -1).cpu()
     return {
         "accuracy": float(accuracy(margin.mean(0)).mean()),
         "accuracy_per_draw": float(accuracy(margin).mean()),
         "margin": float(margin.mean()),
-        "drift": {b: float(torch.cat(v).mean()) for b, v in drift.items()},
+        "drift": _drift({b: torch.cat(v).view(draws, -1).mean(0) for b, v in drift.items() if sum(map(len, v))}),
         "by_time": _by_time(margin.flatten(), time.flatten()),
     }
+
+
+def _drift(pairs: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Means over the pairs, and the standard error of the chosen side's, from means of each pair (n,) by branch."""
+    out = {branch: float(values.mean()) for branch, values in pairs.items()}
+    if "chosen" in pairs and len(pairs["chosen"]) > 1:
+        out["chosen_error"] = float(pairs["chosen"].std() / len(pairs["chosen"]) ** 0.5)
+    return out
 
 
 def _by_time(margin: torch.Tensor, time: torch.Tensor) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mmpo import checkpoint, recipe as recipes
+from mmpo import checkpoint
+from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.errors import RunFailed
 from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate
@@ -33,7 +34,9 @@ def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run: expected recipe.yaml, which `mmpo train out={folder}` writes")
     if not best.exists():
-        raise ValueError(f"{folder}: no weights under best/; the run has not reached its first evaluation, start its command again")
+        raise ValueError(
+            f"{folder}: no weights under best/; the run has not reached its first evaluation, start its command again"
+        )
     resolved = recipes.load(folder / "recipe.yaml")
     torch.manual_seed(resolved.recipe.seed)
     modality = make_modality(resolved.recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -46,13 +49,22 @@ def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
 
 
 def write(modality: Any, model: torch.nn.Module, folder: Path, merge: bool = False) -> None:
-    """Write the weights to `folder` and prove them. Raises RunFailed when they differ from the policy or equal the base."""
+    """Write the weights to `folder` and prove them. Raises RunFailed when they differ from the policy or equal the base.
+
+    Outputs may differ by 1e-3 of their size, or by 8 rounding errors of the coarsest weights, if that is more.
+    """
     modality.save(model, folder, merge)
     difference, change, scale = modality.check_export(model, folder, merge)
-    if not difference <= 1e-3 * scale:
-        raise RunFailed(f"{folder}: reloaded, the export differs from the trained policy by {difference:.3g} (outputs are of size {scale:.3g})")
+    rounding = max(torch.finfo(p.dtype).eps for p in model.parameters())
+    if not difference <= max(1e-3, 8 * rounding) * scale:
+        raise RunFailed(
+            f"{folder}: reloaded, the export differs from the trained policy by {difference:.3g} "
+            f"(outputs are of size {scale:.3g})"
+        )
     if change <= 1e-6 * scale:
-        raise RunFailed(f"{folder}: the export gives the base model's output: the training changed nothing. Is the learning rate too small?")
+        raise RunFailed(
+            f"{folder}: the export gives the base model's output: the training changed nothing. Is the learning rate too small?"
+        )
 
 
 def export(run: Path, out: Path | None, merge: bool) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +17,41 @@ import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from mmpo import checkpoint, evaluate, recipe as recipes
+from mmpo import checkpoint, evaluate
+from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache
 from mmpo.diagnosis import diagnose
-from mmpo.errors import RecipeError, RunFailed
+from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.evaluate import Judge, Samples
 from mmpo.find import find
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, prepare
 from mmpo.recipe import Resolved
-from mmpo.reference import Cached, Values, trainable, unwrap
+from mmpo.reference import Cached, Values, trainable
 from mmpo.report import write_report
 from mmpo.rounds import fresh_pairs
 from mmpo.runlog import RunLog, read
 from mmpo.schema import Recipe
-from mmpo.train import Run, evaluate_now, forward, load_best, resume, save, train
+from mmpo.train import Run, evaluate_now, forward, load_best, record, resume, save, say, train
 
 
 def run(resolved: Resolved) -> int:
     """Train as a recipe says, in its run folder. The same command continues a run that was interrupted. Returns 0."""
     recipe = resolved.recipe
+    require_trackers(recipe.track)
     folder = Path(recipe.out or _default_folder(resolved))
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.RunLock(folder):
-        _claim(folder, resolved)
+    main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
+    with checkpoint.RunLock(folder) if main else contextlib.nullcontext():
+        if main:
+            _claim(folder, resolved)
         if (folder / "summary.json").exists():
-            print(f"{folder} is finished: {json.loads((folder / 'summary.json').read_text())['verdict']}\nFor another run give it another folder: out=DIR")
+            told = json.loads((folder / "summary.json").read_text())["verdict"]
+            print(f"{folder} is finished: {told}\nFor another run give it another folder: out=DIR")
+            if main and not (folder / "report.html").exists():  # killed between the two
+                write_report(folder)
             return 0
         started = time.monotonic()
         objective = build_objective(resolved)
@@ -50,9 +61,19 @@ def run(resolved: Resolved) -> int:
         current = build(recipe, folder, objective)
         if not resume(current[0]):
             _begin(*current)
+        earlier = current[0].progress.seconds
         _rounds(*current)
-        finish(*current, seconds=time.monotonic() - started)
+        if main:
+            finish(*current, seconds=earlier + time.monotonic() - started)
+        current[0].accelerator.end_training()
     return 0
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises MissingExtra for the first tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MissingExtra(name, "track")
 
 
 def build_objective(resolved: Resolved) -> Objective:
@@ -88,12 +109,11 @@ def build(recipe: Recipe, folder: Path, objective: Objective) -> tuple[Run, Prep
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
-    plugin = None
-    if recipe.train.fsdp:
-        from accelerate import FullyShardedDataParallelPlugin
-
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.track) or None, project_dir=str(folder), fsdp_plugin=plugin)
+    if recipe.train.fsdp:  # checkpoints, averages and exports would hold one process's shards only
+        raise RecipeError(
+            "train.fsdp: not supported, shards cannot be saved yet; train a LoRA (model.adapter: lora) on each device"
+        )
+    accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.track) or None, project_dir=str(folder))
     if recipe.track:
         accelerator.init_trackers("mmpo", {"recipe": json.dumps(recipe.model_dump(mode="json"))})
     return accelerator
@@ -136,7 +156,9 @@ def _check_pairs(objective: Objective, pairs: list[Pair]) -> None:
         for pair in pairs:
             if not (pair.chosen and pair.rejected):
                 side = "rejected" if pair.chosen else "chosen"
-                raise RecipeError(f"row {pair.id} has no {side} side, which {objective.terms[0].name} needs; for unpaired rows use loss: kto")
+                raise RecipeError(
+                    f"row {pair.id} has no {side} side, which {objective.terms[0].name} needs; for unpaired rows use loss: kto"
+                )
 
 
 # ---- start
@@ -173,8 +195,17 @@ def _begin(run: Run, data: Prepared) -> None:
     """The start of a fresh run: what it is about, the self-check, and the base's own evaluation."""
     count = sum(p.numel() for p in trainable(run.model).values())
     whole = sum(p.numel() for p in run.model.parameters())
-    print(f"{run.recipe.modality}: {len(run.pairs)} pairs to train on, {len(run.heldout)} held out; {count:,} of {whole:,} parameters train")
-    run.log.append({"event": "start", "pairs": len(run.pairs), "heldout": len(run.heldout), "trainable": count, "account": data.account})
+    sizes = f"{len(run.pairs)} pairs to train on, {len(run.heldout)} held out; {count:,} of {whole:,} parameters train"
+    say(run, f"{run.recipe.modality}: {sizes}")
+    betas = [float(term.options["beta"]) for term in run.objective.terms if "beta" in term.options]
+    entry = {
+        "event": "start",
+        "pairs": len(run.pairs),
+        "heldout": len(run.heldout),
+        "trainable": count,
+        "account": data.account,
+    }
+    record(run, entry | {"beta": max(betas, default=None)})
     self_check(run)
     evaluate_now(run)
     save(run)
@@ -190,7 +221,7 @@ def self_check(run: Run) -> None:
         result, _, pairs = forward(run, 0, 0)
     for term in run.objective.terms:
         if "beta" in term.options:
-            print(f"  {term.name}: {run.modality.describe(float(term.options['beta']))}")
+            say(run, f"  {term.name}: {run.modality.describe(float(term.options['beta']))}")
     margin = result.metrics.get("rewards/margins")
     same = run.recipe.reference.kind in ("start", "adapter_off", "ema") and not (
         run.recipe.reference.kind == "adapter_off" and run.modality.starts_from_adapter
@@ -198,24 +229,23 @@ def self_check(run: Run) -> None:
     if margin is not None and same and not bool((margin == 0).all()):
         worst = int(margin.abs().argmax())
         raise RunFailed(
-            f"policy and reference differ before the first step: reward margin {float(margin[worst]):.3g} on pair {pairs[worst].id}, "
-            "expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference lacks"
+            f"policy and reference differ before the first step: reward margin {float(margin[worst]):.3g} on pair "
+            f"{pairs[worst].id}, expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference lacks"
         )
     if not bool(result.loss.isfinite().all()):
-        raise RunFailed(f"the loss of pair {pairs[int((~result.loss.isfinite()).nonzero()[0])].id} is not finite before the first step")
+        raise RunFailed(
+            f"the loss of pair {pairs[int((~result.loss.isfinite()).nonzero()[0])].id} is not finite before the first step"
+        )
     checked = "margin exactly 0, " if margin is not None and same else ""
-    print(f"  self-check: {checked}loss {float(result.loss.mean()):.6f} before the first step")
+    say(run, f"  self-check: {checked}loss {float(result.loss.mean()):.6f} before the first step")
 
 
 def _rounds(run: Run, data: Prepared) -> None:
     """Round 1 trains on the given pairs; later ones on pairs of the policy's own samples, against the policy as it was."""
-    spec = run.recipe.train
-    for number in range(1, spec.rounds + 1):
-        if run.progress.step >= spec.steps * number:
-            continue
+    for number in range(run.progress.round, run.recipe.train.rounds + 1):
         if number > 1:
             fresh_pairs(run, data, number)
-        train(run, until=spec.steps * number)
+        train(run, until=run.recipe.train.steps * number)
 
 
 # ---- end
@@ -225,10 +255,17 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
     """Put the best weights in, compare with the base on the test prompts, and write samples, summary, export, report."""
     from mmpo.export import write as write_export  # which opens runs by this module
 
+    # The other processes are done, so no collective call may come after this; and from here on both models run without
+    # autocast, as they will after their export.
+    run.model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     load_best(run)
     test = evaluate.trials(data.test or data.select, run.recipe.eval.test_seeds, "test", run.recipe.seed)
     spec = run.recipe.eval
-    found = evaluate.evaluate_pairs(run.modality, run.model, run.reference, run.heldout, run.recipe.seed, spec.draws) if run.heldout else {}
+    found = (
+        evaluate.evaluate_pairs(run.modality, run.model, run.reference, run.heldout, run.recipe.seed, spec.draws)
+        if run.heldout
+        else {}
+    )
     summary: dict[str, Any] = {
         "modality": run.recipe.modality,
         "judge": run.recipe.judge.name or (run.modality.embedded_judge if run.judge else None),
@@ -253,13 +290,13 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
         write_samples(run, test, base, aligned)
     summary["flags"] = [f.as_dict() for f in diagnose(read(run.log.path))]
     summary["verdict"] = verdict(summary)
-    summary["seconds"] = round(run.progress.seconds + seconds, 1)
-    run.log.append({"event": "end", "step": run.progress.step, "best_step": run.progress.best_step})
-    write_export(run.modality, unwrap(run.model), run.folder / "export")
+    summary["seconds"] = round(seconds, 1)
+    record(run, {"event": "end", "step": run.progress.step, "best_step": run.progress.best_step})
+    write_export(run.modality, run.model, run.folder / "export")
     checkpoint.write_atomic(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     page = write_report(run.folder)
-    run.accelerator.end_training()
-    print(f"\n{summary['verdict']}\n  report   {page}\n  export   {run.folder / 'export'}\n  summary  {run.folder / 'summary.json'}")
+    made = {"report": page, "export": run.folder / "export", "summary": run.folder / "summary.json"}
+    print("\n".join(["", summary["verdict"], *(f"  {name:<8} {path}" for name, path in made.items())]))
 
 
 def base_weights(run: Run) -> Any:
@@ -290,4 +327,6 @@ def verdict(summary: dict[str, Any]) -> str:
     else:
         start = "No clear difference between aligned and base"
     exact = f", correct {base['correct']:.2f} to {aligned['correct']:.2f}" if "correct" in base else ""
-    return f"{start}: win rate {interval} on held-out prompts; score {base['score']:.3f} to {aligned['score']:.3f}{exact}; {told}; best step {summary['best_step']} of {summary['steps']}."
+    scores = f"score {base['score']:.3f} to {aligned['score']:.3f}{exact}"
+    best = f"best step {summary['best_step']} of {summary['steps']}"
+    return f"{start}: win rate {interval} on held-out prompts; {scores}; {told}; {best}."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mmpo.errors import DataError
 from mmpo.pair import Block
@@ -93,6 +93,8 @@ def open_image(source: Block | bytes | Pixels) -> Image.Image:
         return _decode(data)
     except DataError as error:
         raise DataError(f"{origin}: {error}") from None
+    except UnidentifiedImageError:  # whose own message is an address in memory
+        raise DataError(f"{origin}: cannot be decoded as {', '.join(FORMATS)} (starts with {data[:12]!r})") from None
     except Exception as error:  # on damaged bytes a decoder may raise anything: struct.error, SyntaxError, zlib.error, ...
         raise DataError(f"{origin}: cannot be decoded as {', '.join(FORMATS)} ({type(error).__name__}: {error})") from error
 

@@ -80,7 +80,9 @@ def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
     default = ("chosen", "rejected") if roles == (POOLED,) else roles
     branches = tuple(of) if of else default
     if roles != (POOLED,) and len(branches) != len(roles):
-        raise ValueError(f"objective: loss {loss} reads {len(roles)} branches ({', '.join(roles)}), of: names {len(branches)}: {list(branches)}")
+        raise ValueError(
+            f"objective: loss {loss} reads {', '.join(roles)}; of: names {len(branches)} branches, {list(branches)}"
+        )
     slots = {k: spec.pop(k) for k in ("weight", "reduce", "link") if k in spec}
     return Term(loss, function, roles, branches, needs=sys.modules[function.__module__].NEEDS, options=spec, **slots)
 
@@ -107,10 +109,16 @@ class Objective:
         have = provides | ({"ref"} if has_reference else frozenset())
         for term in self.terms:
             if missing := term.needs - have:
-                hint = "set reference.kind, e.g. start" if "ref" in missing else f"this modality provides {sorted(provides) or 'nothing more'}"
+                hint = (
+                    "set reference.kind, e.g. start"
+                    if "ref" in missing
+                    else f"this modality provides {sorted(provides) or 'nothing more'}"
+                )
                 raise ValueError(f"objective: loss {term.name} needs {', '.join(sorted(missing))}: {hint}")
             if unknown := set(term.of) - set(branches):
-                raise ValueError(f"objective: loss {term.name} reads branch {sorted(unknown)[0]!r}; this modality has {', '.join(branches)}")
+                raise ValueError(
+                    f"objective: loss {term.name} reads branch {sorted(unknown)[0]!r}; this modality has {', '.join(branches)}"
+                )
 
     def __call__(self, policy: Mapping[str, Scores], reference: Mapping[str, Scores] | None, rows: Rows) -> Result:
         total, metrics = torch.zeros_like(rows.weight), {}

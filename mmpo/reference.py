@@ -104,7 +104,9 @@ def build(config: Any, modality: Modality, model: nn.Module) -> Reference | None
         return None
     has_adapter = hasattr(model, "disable_adapter")
     if config.kind == "adapter_off" and not has_adapter:
-        raise ValueError("reference.kind: adapter_off needs model.adapter: lora; for full fine-tuning use reference.kind: start")
+        raise ValueError(
+            "reference.kind: adapter_off needs model.adapter: lora; for full fine-tuning use reference.kind: start"
+        )
     if config.kind == "ema":
         return Values(model, config.ema_decay, config.ema_every)
     if config.kind == "path":
@@ -130,8 +132,9 @@ def score(reference: Reference | None, modality: Modality, model: nn.Module, bat
 class Cached:
     """A fixed reference whose scores are stored per (pair, draw) and replayed: the second time costs no model call.
 
-    Keys hold the reference's weights, the pair's content, the condition and the draw itself (`batch.keys`), so a stored
-    score is never used for anything but the very computation it came from.
+    Keys hold the reference's weights, autocast's precision and what the modality says the draw is (`batch.keys`: content,
+    condition, noise, the model's configuration), so a stored score is never used for anything but the very computation it
+    came from.
     """
 
     fixed = True
@@ -147,7 +150,7 @@ class Cached:
         return self.inner.active(model)
 
     def score(self, modality: Modality, model: nn.Module, batch: Any) -> dict[str, Scores]:
-        keys = [key("reference", self.identity, k) for k in batch.keys]
+        keys = [key("reference", self.identity, _precision(batch.device), k) for k in batch.keys]
         found = self.cache.get_many(keys)
         if any(f is None for f in found):
             with self.inner.active(model) as module:
@@ -155,6 +158,10 @@ class Cached:
             self.cache.put_many([(k, _row(scores, i)) for i, k in enumerate(keys)])
             return scores
         return _stack(found, batch.device)  # type: ignore[arg-type]
+
+
+def _precision(device: torch.device) -> str:
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "own"
 
 
 def _row(scores: dict[str, Scores], i: int) -> dict[str, Tensor]:
@@ -167,6 +174,8 @@ def _row(scores: dict[str, Scores], i: int) -> dict[str, Tensor]:
 def _stack(rows: list[dict[str, Tensor]], device: torch.device) -> dict[str, Scores]:
     branches = dict.fromkeys(name.rsplit("/", 1)[0] for name in rows[0])
     return {
-        b: Scores(torch.stack([r[f"{b}/logp"] for r in rows]).to(device), torch.stack([r[f"{b}/mask"] for r in rows]).to(device))
+        b: Scores(
+            torch.stack([r[f"{b}/logp"] for r in rows]).to(device), torch.stack([r[f"{b}/mask"] for r in rows]).to(device)
+        )
         for b in branches
     }

@@ -15,7 +15,7 @@ from mmpo import reference as references
 from mmpo.datasets.formats.candidates import write_candidates
 from mmpo.datasets.load import load_candidates
 from mmpo.datasets.pairing import Candidate
-from mmpo.errors import RecipeError
+from mmpo.errors import RecipeError, RunFailed
 from mmpo.prepare import Prepared, Prompt, pair_candidates
 from mmpo.train import Run, load_best, save
 
@@ -26,17 +26,35 @@ def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
         raise RecipeError("train.rounds > 1 needs a judge to score new samples: set judge.name, see `mmpo list judges`")
     path = run.folder / "rounds" / f"{number}.parquet"
     if run.progress.round < number:
+        run.accelerator.wait_for_everyone()  # until the best weights are written
         load_best(run)
-        run.reference = references.Values(run.model)
-        run.optimizer.state.clear()
-        if not path.exists():
+        _start_over(run)
+        if run.accelerator.is_main_process and not path.exists():
             path.parent.mkdir(exist_ok=True)
             write_candidates(_sample(run, data.train_prompts, number), path)
+        run.accelerator.wait_for_everyone()
         run.progress.round = number
         save(run)
     groups, _ = load_candidates(path)
     run.pairs, dropped = pair_candidates(run.recipe, [c for g in groups.values() for c in g], run.judge)
+    if not run.pairs:
+        raise RunFailed(
+            f"round {number}: the judge told no two of the policy's own samples apart (dropped: {dropped}); "
+            "raise train.round_candidates or train.round_prompts, or lower data.pairing.margin"
+        )
     print(f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped or 'none'}")
+
+
+def _start_over(run: Run) -> None:
+    """Reference, moving average and optimizer as at the start of a run, from the weights the policy has now."""
+    spec = run.recipe.reference
+    if spec.kind == "ema":
+        run.reference = references.Values(run.model, spec.ema_decay, spec.ema_every)
+    elif spec.kind != "none":
+        run.reference = references.Values(run.model)
+    if run.recipe.train.ema:
+        run.ema = references.Values(run.model, run.recipe.train.ema)
+    run.optimizer.state.clear()
 
 
 def _sample(run: Run, prompts: list[Prompt], number: int) -> list[Candidate]:
@@ -46,7 +64,7 @@ def _sample(run: Run, prompts: list[Prompt], number: int) -> list[Candidate]:
     jobs = [(p, _seed(run.recipe.seed, number, p, k)) for p in chosen for k in range(spec.round_candidates)]
     for start in tqdm(range(0, len(jobs), 64), desc=f"round {number}: sample", unit="batch"):
         part = jobs[start : start + 64]
-        blocks = run.modality.sample(run.model, [p for p, _ in part], [s for _, s in part])
+        blocks = run.modality.sample(references.unwrap(run.model), [p for p, _ in part], [s for _, s in part])
         rows += [Candidate(p, b, seed=s) for (p, s), b in zip(part, blocks, strict=True)]
     verdict = run.judge([c.prompt for c in rows], [(c.block,) for c in rows])  # type: ignore[misc]
     return [dataclasses.replace(c, score=s) for c, s in zip(rows, verdict.scores.tolist(), strict=True)]

@@ -54,6 +54,9 @@ class PairingConfig(Section):
         default=0.0, ge=0, description="smallest difference of score between chosen and rejected, in the judge's units"
     )
     max_per_prompt: Count | None = Field(default=None, description="at most this many pairs of one prompt; null: all")
+    temperature: float | None = Field(
+        None, gt=0, description="label = sigmoid(score gap / temperature); null: labels are certain"
+    )
 
 
 class DataConfig(Section):
@@ -85,7 +88,8 @@ class DrawConfig(Section):
     """Where randomness enters: timesteps, noise and the other conditions of one scoring."""
 
     mode: Literal["shared", "independent", "inversion", "renoise"] = Field(
-        default="shared", description="noise of the two sides: the same, one each, from inversion, or renoised after inversion"
+        default="shared",
+        description="noise of the two sides: the same, one each, from inversion (InPO), or from ReNoise inversion (SmPO)",
     )
     timesteps: Literal["uniform", "logit_normal", "grid"] = Field(default="uniform", description="distribution of the timestep")
     t_min: Share = Field(default=0.0, description="smallest timestep, as a fraction of the schedule")
@@ -96,9 +100,15 @@ class DrawConfig(Section):
     min_snr_gamma: float = Field(
         default=5.0, gt=0, description="min_snr: the signal-to-noise ratio at which the weight is clipped"
     )
-    inversion_steps: Count = Field(default=10, description="inversion: steps from the clean latent to the drawn timestep")
-    inversion_eta: Share = Field(default=0.1, description="renoise: share of fresh noise in the inverted noise")
-    inversion_model: Literal["policy", "reference"] = Field(default="policy", description="the model that inverts")
+    inversion_steps: Count = Field(
+        default=10, description="inversion, renoise: levels of the whole schedule; the drawn one is reached in as many steps"
+    )
+    inversion_eta: Share = Field(
+        default=0.1, description="inversion: fresh noise after each step, as a share of the step's own"
+    )
+    inversion_model: Literal["policy", "reference"] = Field(
+        default="policy", description="inversion, renoise: the model that inverts"
+    )
     vae: Literal["mode", "sample"] = Field(
         default="mode", description="latent of a picture: the posterior's mode, or a sample of it"
     )
@@ -194,6 +204,7 @@ class EvalConfig(Section):
     every: Count = Field(default=50, description="optimizer steps between evaluations")
     prompts: Count = Field(default=48, description="held-out prompts per evaluation during training")
     seeds: Count = Field(default=2, description="samples per prompt during training")
+    pairs: Count = Field(default=128, description="held-out pairs per evaluation, drawn by a hash of their content")
     draws: Count = Field(default=8, description="draws per held-out pair for its implicit reward")
     test_prompts: Count = Field(default=64, description="held-out prompts of the final comparison")
     test_seeds: Count = Field(default=3, description="samples per prompt of the final comparison")

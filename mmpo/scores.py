@@ -85,4 +85,5 @@ def side(logp: Tensor, ref: Tensor | None = None, length: Tensor | None = None, 
     defaults = {"weight": one, "margin": 0 * one, "label": one, "score": 0 * one}
     extras = {k: v for k, v in row.items() if k not in defaults}
     given = {k: row.get(k, v) for k, v in defaults.items()}
-    return Side(logp, ref, one if length is None else length, one.bool(), **given, extras=extras)
+    count = one if length is None else length
+    return Side(logp, ref, count, one.bool(), extras=extras, **given)  # type: ignore[arg-type]  # link stays a string

@@ -27,6 +27,7 @@ from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
 from mmpo.evaluate import Judge, Trial
+from mmpo.interruption import Interrupted, requests
 from mmpo.modality import DrawKey, Modality
 from mmpo.objective import Objective, Result, rows_of
 from mmpo.pair import Pair
@@ -69,6 +70,7 @@ class Run:
     ema: Values | None = None
     start: Values | None = None  # the weights before the run, where no fixed reference keeps them
     progress: Progress = field(default_factory=Progress)
+
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The permutation of one epoch: a pure function, the same for any number of devices or workers."""
@@ -132,30 +134,59 @@ def draw(run: Run, pairs: list[Pair], keys: list[DrawKey]) -> Any:
 
 
 def train(run: Run, until: int) -> None:
-    """Run the loop from `run.progress.step` to step `until`."""
-    spec, state, start = run.recipe.train, run.progress, time.monotonic()
-    bar = tqdm(total=until, initial=state.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
-    while state.step < until:
-        lr = learning_rate(spec, state.step % spec.steps)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        metrics = optimize(run)
-        state.step += 1
-        _averages(run)
-        run.log.append({"event": "train", "step": state.step, **metrics, "lr": lr})
-        run.accelerator.log(metrics, step=state.step)
-        last = state.step == until
-        if state.step % run.recipe.eval.every == 0 or last:
-            evaluate_now(run)
-        if state.step % spec.save_every == 0 or last:
-            state.seconds, start = state.seconds + time.monotonic() - start, time.monotonic()
-            save(run)
-        bar.update()
-        bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in _SHOWN.items() if m in metrics})
-    bar.close()
+    """Run the loop from `run.progress.step` to step `until`. Raises Interrupted, all saved, after SIGINT or SIGTERM."""
+    bar = tqdm(total=until, initial=run.progress.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
+    with requests() as request, bar:
+        while run.progress.step < until:
+            start = time.monotonic()
+            metrics = advance(run)
+            number = _any_process(run, request.number)
+            last = run.progress.step == until
+            if run.progress.step % run.recipe.eval.every == 0 or last:
+                evaluate_now(run)
+            run.progress.seconds += time.monotonic() - start
+            if run.progress.step % run.recipe.train.save_every == 0 or last or number:
+                save(run)
+            bar.update()
+            bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in _SHOWN.items() if m in metrics})
+            if number and not last:
+                raise Interrupted(number, run.progress.step)
 
 
 _SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
+
+
+def advance(run: Run) -> dict[str, float]:
+    """One step: learning rate, optimizer, averages, log."""
+    spec, state = run.recipe.train, run.progress
+    lr = learning_rate(spec, state.step % spec.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    metrics = optimize(run)
+    state.step += 1
+    _averages(run)
+    record(run, {"event": "train", "step": state.step, **metrics, "lr": lr})
+    run.accelerator.log(metrics, step=state.step)
+    return metrics
+
+
+def record(run: Run, entry: dict[str, Any]) -> None:
+    """Write a line of the log, once for all processes."""
+    if run.accelerator.is_main_process:
+        run.log.append(entry)
+
+
+def say(run: Run, line: str) -> None:
+    """Print beside the progress bar, once for all processes."""
+    if run.accelerator.is_main_process:
+        tqdm.write(line)
+
+
+def _any_process(run: Run, value: int) -> int:
+    """The largest of the processes' values: what one of them has seen, all act on, or the others would wait for it."""
+    if run.accelerator.num_processes == 1:
+        return value
+    return int(run.accelerator.gather(torch.tensor([value], device=run.accelerator.device)).max())
 
 
 def optimize(run: Run) -> dict[str, float]:
@@ -165,8 +196,8 @@ def optimize(run: Run) -> dict[str, float]:
     for micro in range(spec.accumulate):
         result, batch, pairs = forward(run, run.progress.step, micro)
         bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
-        if bad:
-            return _refused(run, f"the loss of pair {', '.join(bad[:5])} is not finite")
+        if _any_process(run, len(bad)):
+            return _refused(run, f"the loss of pair {', '.join(bad[:5]) or 'of another process'} is not finite")
         with _sync(run, last=micro == spec.accumulate - 1):
             run.accelerator.backward(result.loss.mean() / spec.accumulate)
         collected.append(_means(result, batch))
@@ -174,7 +205,7 @@ def optimize(run: Run) -> dict[str, float]:
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
         return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
     run.optimizer.step()
-    return _merge(collected) | {"grad_norm": float(norm)}
+    return _merge(run, collected) | {"grad_norm": float(norm)}
 
 
 def _refused(run: Run, what: str) -> dict[str, float]:
@@ -185,7 +216,7 @@ def _refused(run: Run, what: str) -> dict[str, float]:
         )
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.skipped_steps += 1
-    tqdm.write(f"step {run.progress.step + 1} skipped: {what}")
+    say(run, f"step {run.progress.step + 1} skipped: {what}")
     return {"skipped": 1.0}
 
 
@@ -204,7 +235,10 @@ def _displacement(result: Result, policy: Any, ref: Any) -> None:
 def _means(result: Result, batch: Any) -> dict[str, Tensor]:
     """Batch means, and accuracy and margin by place on the schedule, as (sum, count) so that batches can be merged."""
     out = {"loss": result.loss.detach()} | result.metrics
-    means = {k: torch.stack([v.double().sum(), torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)]) for k, v in out.items()}
+    means = {
+        k: torch.stack([v.double().sum(), torch.tensor(float(v.numel()), dtype=torch.float64, device=v.device)])
+        for k, v in out.items()
+    }
     if "rewards/margins" in out and hasattr(batch, "time"):
         bucket = (batch.time * evaluate.BUCKETS).long().clamp(max=evaluate.BUCKETS - 1)
         for b in range(evaluate.BUCKETS):
@@ -214,10 +248,11 @@ def _means(result: Result, batch: Any) -> dict[str, Tensor]:
     return means
 
 
-def _merge(collected: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over the forward passes of a step, with one transfer from the device for all of them."""
+def _merge(run: Run, collected: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over the forward passes of a step and over the processes, with one transfer from the device for all of them."""
     names = list(collected[0])
-    total = torch.stack([torch.stack([c[n] for n in names]) for c in collected]).sum(0).cpu()
+    total = torch.stack([torch.stack([c[n] for n in names]) for c in collected]).sum(0)
+    total = run.accelerator.reduce(total, "sum").cpu()
     return {n: float(s / c) for n, (s, c) in zip(names, total, strict=True) if c > 0}
 
 
@@ -236,32 +271,43 @@ def averaged(run: Run) -> Iterator[nn.Module]:
 
 def evaluate_now(run: Run) -> None:
     """Held-out pair accuracy and the judge's score of fresh samples; keeps the best weights so far under best/."""
-    state, spec = run.progress, run.recipe.eval
+    state = run.progress
     with averaged(run) as module:
-        record: dict[str, Any] = {"event": "eval", "step": state.step}
-        if run.heldout:
-            found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, run.recipe.seed, spec.draws)
-            record |= {"eval/pair_accuracy": found["accuracy"], "eval/margin": found["margin"], "eval/by_time": found["by_time"]}
-            record |= {f"eval/drift_{b}": v for b, v in found["drift"].items()}
-        if run.judge and run.select:
-            samples = evaluate.sample(run.modality, module, run.judge, run.select)
-            state.base_scores = state.base_scores or samples.scores.tolist()
-            wins = evaluate.win_rate(samples.scores, np.array(state.base_scores), spec.seeds)
-            summary = samples.summary()
-            record |= {"eval/judge": summary.pop("score")} | {f"eval/{k}": v for k, v in summary.items()}
-            record |= {"eval/win_rate": wins["value"], "eval/win_low": wins["low"], "eval/win_high": wins["high"]}
-        metric = record.get("eval/judge", record.get("eval/pair_accuracy", -math.inf))
-        run.log.append(record)
-        run.accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=state.step)
+        found: dict[str, Any] = {"event": "eval", "step": state.step} | _on_pairs(run, module) | _on_samples(run, module)
+        record(run, found)
+        run.accelerator.log({k: v for k, v in found.items() if isinstance(v, float)}, step=state.step)
+        metric = found.get("eval/judge", found.get("eval/pair_accuracy", -math.inf))
         if state.step == 0:
             state.base_metric = metric
-        elif metric > state.best_metric:
+        elif metric > state.best_metric or metric == -math.inf:  # nothing to measure by: the last weights are kept
             state.best_step, state.best_metric = state.step, metric
             if run.accelerator.is_main_process:
                 _keep_best(run)
-    tqdm.write(_line(record))
-    for flag in diagnose(read(run.log.path)):
-        tqdm.write(f"  ! {flag.name}: {flag.text}. Try: {flag.advice}.")
+    say(run, _line(found))
+    for flag in diagnose(read(run.log.path)) if run.accelerator.is_main_process else ():
+        say(run, f"  ! {flag.name}: {flag.text}. Try: {flag.advice}.")
+
+
+def _on_pairs(run: Run, module: nn.Module) -> dict[str, Any]:
+    if not run.heldout:
+        return {}
+    spec = run.recipe
+    with run.accelerator.autocast():  # a reference of its own is no part of the model that accelerate has wrapped
+        found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, spec.seed, spec.eval.draws)
+    accuracy = {"eval/pair_accuracy": found["accuracy"], "eval/margin": found["margin"], "eval/by_time": found["by_time"]}
+    return accuracy | {f"eval/drift_{name}": value for name, value in found["drift"].items()}
+
+
+def _on_samples(run: Run, module: nn.Module) -> dict[str, Any]:
+    if not (run.judge and run.select):
+        return {}
+    state = run.progress
+    samples = evaluate.sample(run.modality, module, run.judge, run.select)
+    state.base_scores = state.base_scores or samples.scores.tolist()
+    wins = evaluate.win_rate(samples.scores, np.array(state.base_scores), run.recipe.eval.seeds)
+    summary = samples.summary()
+    scores = {"eval/judge": summary.pop("score")} | {f"eval/{k}": v for k, v in summary.items()}
+    return scores | {"eval/win_rate": wins["value"], "eval/win_low": wins["low"], "eval/win_high": wins["high"]}
 
 
 def _keep_best(run: Run) -> None:
@@ -270,7 +316,12 @@ def _keep_best(run: Run) -> None:
 
 
 def _line(record: dict[str, Any]) -> str:
-    names = {"eval/judge": "judge", "eval/correct": "correct", "eval/win_rate": "wins over base", "eval/pair_accuracy": "pair accuracy"}
+    names = {
+        "eval/judge": "judge",
+        "eval/correct": "correct",
+        "eval/win_rate": "wins over base",
+        "eval/pair_accuracy": "pair accuracy",
+    }
     return f"  step {record['step']:>5}  " + "  ".join(f"{label} {record[k]:.3f}" for k, label in names.items() if k in record)
 
 
@@ -293,7 +344,7 @@ def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
-    names = {p: n for n, p in trainable(unwrap(run.model)).items()}
+    names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
     optimizer, groups = checkpoint.pack_optimizer(run.optimizer, names)
     tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": checkpoint.rng_state()}
     tensors |= {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
@@ -307,13 +358,14 @@ def save(run: Run) -> None:
 def resume(run: Run) -> bool:
     """Continue from the newest whole checkpoint, if there is one; the log is cut back to it."""
     found = checkpoint.load_latest(run.folder / "checkpoints")
+    if run.accelerator.is_main_process:
+        run.log.truncate(found.meta["log_offset"] if found else 0)
     if found is None:
-        run.log.truncate(0)
         return False
     _put(run.model, found.tensors["policy"])
     if "reference" in found.tensors and _moving(run) is None:
         run.reference = Values(run.model)  # a later round's: the policy as it was at the round's start
-    names = {p: n for n, p in trainable(unwrap(run.model)).items()}
+    names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
     checkpoint.unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
     for name, values in (("ema", run.ema), ("reference", _moving(run))):
         if values is not None:
@@ -322,8 +374,7 @@ def resume(run: Run) -> bool:
         run.accelerator.scaler.load_state_dict(found.meta["scaler"])
     checkpoint.restore_rng(found.tensors["rng"])
     run.progress = Progress(**found.meta["progress"])
-    run.log.truncate(found.meta["log_offset"])
-    tqdm.write(f"resumed at step {run.progress.step} from {found.path.name}")
+    say(run, f"resumed at step {run.progress.step} from {found.path.name}")
     return True
 
 

@@ -83,7 +83,7 @@ class Adapter:
     """The diffusion modality (see `mmpo.modality.Modality`)."""
 
     PROVIDES = frozenset({"err"})
-    branches = ("chosen", "rejected")
+    branches: tuple[str, ...] = ("chosen", "rejected")
     embedded_data = EMBEDDED / "candidates.parquet"
     embedded_judge = "shapes"
 
@@ -102,11 +102,20 @@ class Adapter:
         self.starts_from_adapter = bool(config.lora.path)
         self.model = self._trainable()
         self._encoders = self.loaded.digest()
-        if draw.mode == "renoise" and self.loaded.process.target not in ("epsilon", "flow"):
-            raise ValueError(f"draw.mode: renoise averages two predictions, which has a meaning for eps and flow models; this one predicts {self.loaded.process.target}: use inversion")
+        self._stamp = repr((draw, prompt_dropout, self._encoders, self.resolution, self.loaded.settings(), config.lora))
+        target = self.loaded.process.target
+        if draw.mode == "inversion" and target == "x0":
+            raise ValueError(
+                "draw.mode: a model that predicts x0 implies no noise at the clean end, where inversion starts: use shared"
+            )
+        if draw.mode == "renoise" and target not in ("epsilon", "flow"):
+            raise ValueError(
+                f"draw.mode: renoise averages two predictions, which means something for eps and flow models; this one "
+                f"predicts {target}: use inversion"
+            )
 
     def _trainable(self) -> nn.Module:
-        denoiser = self.loaded.denoiser.eval()  # dropout off: policy and reference must be one function at the start
+        denoiser: Any = self.loaded.denoiser.eval()  # dropout off: policy and reference must be one function at the start
         if self.config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
             denoiser.train()
@@ -114,12 +123,15 @@ class Adapter:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         if self.config.adapter == "full":
+            self.loaded.dtype = torch.float32  # of the weights that train, whatever the frozen parts are kept in
             return denoiser.requires_grad_(True).float()
         return lora.wrap(self.loaded, self.config.lora)
 
     def load_reference(self, path: str) -> nn.Module:
         """The denoiser of another directory, for reference.kind: path."""
-        other = families.load(path, family=self.loaded.family.name, dtype=self.loaded.dtype, allow_download=self.config.allow_download)
+        other = families.load(
+            path, family=self.loaded.family.name, dtype=self.loaded.dtype, allow_download=self.config.allow_download
+        )
         return other.denoiser.to(self.device)
 
     # ---- encode: frozen, cached by content
@@ -158,9 +170,9 @@ class Adapter:
 
     def _encode_images(self, blocks: list[Block]) -> list[dict[str, Tensor]]:
         pixels, sizes = zip(*(_fit(open_image(b), self.resolution) for b in blocks), strict=True)
-        seed = int.from_bytes(hashlib.sha256(b"".join(b.digest.encode() for b in blocks)).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(seed)
-        latents = self.loaded.encode_images(torch.stack(pixels).to(self.device), self.spec.vae, generator)
+        # one generator per picture: a sampled latent is a function of its own content, not of what is encoded with it
+        generators = [torch.Generator().manual_seed(int(b.digest[:14], 16)) for b in blocks]
+        latents = self.loaded.encode_images(torch.stack(pixels).to(self.device), self.spec.vae, generators)
         return [{"latent": z.float(), "size": torch.tensor(s)} for z, s in zip(latents, sizes, strict=True)]
 
     # ---- draw: the only place with randomness
@@ -172,20 +184,24 @@ class Adapter:
         members = [(b, int(i)) for b in self.branches for i in rows[b]]
         clean = torch.stack([encoded[i].latents[b] for b, i in members]).to(self.device)
         own = self.spec.mode == "independent"
-        time = torch.stack([draws[i].time(b if own else "") for b, i in members]).to(self.device)
-        noise = torch.stack([draws[i].noise(clean.shape[1:], b if own else "") for b, i in members]).to(self.device)
+        streams = [(i, b if own else "") for b, i in members]  # of each row; shared numbers are drawn once for both sides
+        times = {(i, member): draws[i].time(member) for i, member in dict.fromkeys(streams)}
+        noises = {(i, member): draws[i].noise(clean.shape[1:], member) for i, member in times}
+        time, noise = (torch.stack([drawn[s] for s in streams]).to(self.device) for drawn in (times, noises))
         dropped = [encoded[i].empty if draws[i].dropped else encoded[i].condition for _, i in members]
         condition = self.loaded.collate(dropped, [encoded[i].sizes[b] for b, i in members])
         t = self.loaded.process.time(time)
-        if self.spec.mode in ("inversion", "renoise"):
+        if inverted := self.spec.mode in ("inversion", "renoise"):
             seeds = [draws[i].seed("eta/" + b) for b, i in members]
             t, noisy, noise = invert(self.loaded, model, clean, time, condition, seeds, self.spec)
         else:
             noisy = self.loaded.process.add_noise(clean, noise, t)
         target = self.loaded.process.target_of(clean, noise, t)
-        pair_time = torch.stack([d.time("chosen" if own else "") for d in draws]).to(self.device)
-        stamp = repr(self.spec) + repr(self.prompt_dropout) + self._encoders + str(self.resolution)
-        names = tuple(key("draw", stamp, e.digest, k.seed, k.sample, k.index) for e, k in zip(encoded, keys, strict=True))
+        first = [next(iter(e.latents)) if own else "" for e in encoded]  # a row may have a rejected side only
+        pair_time = torch.stack([times[i, member] for i, member in enumerate(first)]).to(self.device)
+        names = tuple(key("draw", self._stamp, e.digest, k.seed, k.sample, k.index) for e, k in zip(encoded, keys, strict=True))
+        if inverted:  # x_t moves with the model that inverts, so the name has to as well
+            names = tuple(key(n, *_bytes_of(noisy, members, i)) for i, n in enumerate(names))
         weight = self._weight(t)
         return Batch(noisy, target, t, weight, condition, {b: r.to(self.device) for b, r in rows.items()}, pair_time, names)
 
@@ -246,12 +262,14 @@ class Adapter:
         return self.loaded.collate([empty] * count, [size] * count)
 
     def describe(self, beta: float) -> str:
-        return f"beta {beta:g} = beta_dpo {1000 * beta:g}: kappa {500 * beta:g} on the margin of mean squared errors ({self.loaded.process.target})"
+        kappa, target = beta * T / 2, self.loaded.process.target
+        return f"beta {beta:g} = beta_dpo {1000 * beta:g}: kappa {kappa:g} on the margin of mean squared errors ({target})"
 
     def dummy(self) -> list[Pair]:
         rng = np.random.default_rng(0)
         noise = [image(rng.integers(0, 255, (self.resolution, self.resolution, 3), dtype=np.uint8)) for _ in range(4)]
-        return [Pair(f"dummy{i}", (text("a picture"),), (noise[2 * i],), (noise[2 * i + 1],)) for i in range(2)]
+        caption = self.loaded.labels[0] if self.loaded.labels else "" if self.loaded.vae is None else "a picture"
+        return [Pair(f"dummy{i}", (text(caption),), (noise[2 * i],), (noise[2 * i + 1],)) for i in range(2)]
 
     def save(self, model: nn.Module, folder: Path, merge: bool = False) -> None:
         """Write what plain diffusers loads: `pytorch_lora_weights.safetensors`, or the whole pipeline (full, or merged)."""
@@ -284,7 +302,6 @@ class Adapter:
         if self.config.adapter == "full" or merge:
             return f"  pipe = DiffusionPipeline.from_pretrained({str(folder)!r})"
         return f"  pipe = DiffusionPipeline.from_pretrained({self._path!r})\n  pipe.load_lora_weights({str(folder)!r})"
-
 
     def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
         """base/NNN.png and aligned/NNN.png in one order, captions.json, and sheet.png of the first ones, base above aligned."""
@@ -320,14 +337,15 @@ class _Draw:
         if self.spec.timesteps == "logit_normal":
             place = torch.sigmoid(self.spec.logit_mean + self.spec.logit_std * torch.randn((), generator=stream))
         elif self.spec.timesteps == "grid":  # a low-discrepancy walk over the draws of one pair
-            offset = torch.rand((), generator=torch.Generator().manual_seed(self._first()))
+            offset = torch.rand((), generator=torch.Generator().manual_seed(self._first(member)))
             place = (offset + self.key.index * 0.6180339887498949) % 1.0
         else:
             place = torch.rand((), generator=stream)
         return (self.spec.t_min + (self.spec.t_max - self.spec.t_min) * place).clamp(max=1 - 1e-6)
 
-    def _first(self) -> int:
-        return int.from_bytes(hashlib.sha256(f"{self.key.seed}\0{self.key.sample}\0grid".encode()).digest()[:7], "big")
+    def _first(self, member: str) -> int:
+        name = f"{self.key.seed}\0{self.key.sample}\0grid/{member}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
     def noise(self, shape: torch.Size, member: str) -> Tensor:
         return torch.randn(shape, generator=self._stream("noise/" + member))
@@ -337,6 +355,11 @@ def _own_resolution(loaded: families.Loaded) -> int:
     """The side in pixels that a checkpoint was made for."""
     side = int(loaded.config["sample_size"])
     return side if loaded.vae is None else side * int(loaded.pipe.vae_scale_factor)
+
+
+def _bytes_of(rows: Tensor, members: Sequence[tuple[str, int]], pair: int) -> list[bytes]:
+    """The content of the rows that belong to one pair."""
+    return [row.cpu().numpy().tobytes() for row, (_, i) in zip(rows, members, strict=True) if i == pair]
 
 
 def _scatter(logp: Tensor, err: Tensor, rows: Tensor, pairs: int) -> Scores:

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from mmpo.modalities.family_calls import FAMILIES, Conditions, Family, call_default
 from mmpo.modalities.noise import NoiseProcess
+from mmpo.modalities.quiet import quietly
 
+Generators = torch.Generator | list[torch.Generator] | None
 LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
 
 
@@ -81,13 +83,11 @@ class Loaded:
     # Pictures ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode_images(
-        self, pixels: Tensor, mode: Literal["mode", "sample"] = "mode", generator: torch.Generator | None = None
-    ) -> Tensor:
+    def encode_images(self, pixels: Tensor, mode: Literal["mode", "sample"] = "mode", generator: Generators = None) -> Tensor:
         """Scaled fp32 latents of pixels (N, 3, H, W) in [-1, 1].
 
-        mode: the posterior's mode, or a sample drawn with `generator`. Deterministic autoencoders (Sana's DC-AE) and pixel
-        models have no posterior: both modes are the same there.
+        mode: the posterior's mode, or a sample drawn with `generator` (one, or one per picture). Deterministic autoencoders
+        (Sana's DC-AE) and pixel models have no posterior: both modes are the same there.
         """
         if self.vae is None:
             return pixels.float()
@@ -222,6 +222,7 @@ class Loaded:
                 f"save LoRA: expected a model with a peft adapter {adapter!r}, got a {type(inner).__name__} without"
             )
 
+    @quietly()
     def save_full(self, folder: Path | str) -> None:
         """Write the whole pipeline, with the denoiser as it is now, as safetensors. A safety checker is not included."""
         if any("lora_" in name for name, _ in self.denoiser.named_parameters()):
@@ -246,6 +247,11 @@ class Loaded:
             elif hasattr(part, "get_vocab"):
                 h.update(f"{name} {sorted(part.get_vocab().items())} {part.model_max_length}".encode())
         return h.hexdigest()
+
+    def settings(self) -> str:
+        """Everything but weights that the denoiser's prediction and its target depend on, as text."""
+        configs = [{k: v for k, v in c.items() if k != "_name_or_path"} for c in (self.config, self.pipe.scheduler.config)]
+        return json.dumps([*configs, str(self.dtype), self.distilled_guidance], default=str, sort_keys=True)
 
     # Facts about the checkpoint ----------------------------------------------------------------------------------------
 
@@ -288,10 +294,10 @@ def load(
     chosen = _family_of(index, family, path)
     cls = getattr(diffusers, index["_class_name"])
     precision = {"default": dtype, "vae": torch.float32} if "vae" in index else dtype
+    options = {"torch_dtype": precision, "use_safetensors": True, "local_files_only": not allow_download, **chosen.options}
     try:
-        pipe = cls.from_pretrained(
-            path, torch_dtype=precision, use_safetensors=True, local_files_only=not allow_download, **chosen.options
-        )
+        with quietly(downloads=allow_download):
+            pipe = cls.from_pretrained(path, **options)
     except OSError as error:
         raise ValueError(f"{path}: cannot be loaded as a {index['_class_name']} from safetensors: {error}") from error
     _check_vae(pipe, path)
@@ -353,7 +359,7 @@ def _labels(path: str) -> tuple[str, ...]:
     return tuple(json.loads(file.read_text())) if file.is_file() else ()
 
 
-def _draw(posterior: Any, mode: str, generator: torch.Generator | None) -> Tensor:
+def _draw(posterior: Any, mode: str, generator: Generators) -> Tensor:
     if mode not in ("mode", "sample"):
         raise ValueError(f"encode_images: mode {mode!r} is not known; expected 'mode' or 'sample'")
     return posterior.mode() if mode == "mode" else posterior.sample(generator)

@@ -39,7 +39,11 @@ def invert(
     x, current = clean, None
     for i, level in enumerate(levels[: int(goal.max()) + 1]):
         target = level.expand(len(x))
-        moved = _renoise(process, predict, x, current, target) if spec.mode == "renoise" else _ddim(process, predict, x, current, target)
+        moved = (
+            _renoise(process, predict, x, current, target)
+            if spec.mode == "renoise"
+            else _ddim(process, predict, x, current, target)
+        )
         if spec.mode == "inversion" and spec.inversion_eta and current is not None:
             jitter = torch.stack([torch.randn(x.shape[1:], generator=g) for g in noises]).to(x)
             moved = moved + spec.inversion_eta * _spread(process, current, target, x.ndim) * jitter

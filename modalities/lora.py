@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mmpo.modalities.families import Loaded
+from mmpo.modalities.quiet import quietly
 
 
 def wrap(loaded: Loaded, config: Any) -> nn.Module:
@@ -20,7 +21,8 @@ def wrap(loaded: Loaded, config: Any) -> nn.Module:
     import peft
 
     if not loaded.family.lora_targets and not config.targets:
-        raise ValueError(f"model.adapter: lora is not offered for {type(loaded.denoiser).__name__}, which diffusers loads no LoRA into; use full")
+        name = type(loaded.denoiser).__name__
+        raise ValueError(f"model.adapter: diffusers loads no LoRA into a {name}; use model.adapter: full")
     loaded.denoiser.requires_grad_(False)
     spec = peft.LoraConfig(
         r=config.rank,
@@ -39,17 +41,35 @@ def _continue(loaded: Loaded, model: Any, path: str) -> None:
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import set_peft_model_state_dict
 
-    state = loaded.pipe.lora_state_dict(path, use_safetensors=True, local_files_only=True)
-    state = state[0] if isinstance(state, tuple) else state
+    options = {"use_safetensors": True, "local_files_only": True, "return_lora_metadata": True}
+    state, *alphas, metadata = loaded.pipe.lora_state_dict(path, **options)
     prefix = loaded.family.denoiser + "."
+    _check_alpha(
+        model, path, {k: v for part in (state, *alphas, metadata) for k, v in (part or {}).items() if k.startswith(prefix)}
+    )
     layers = convert_unet_state_dict_to_peft({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     layers = {k: v for k, v in layers.items() if not k.endswith(".alpha")}
-    result = set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in layers.items()})
+    try:
+        result = set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in layers.items()})
+    except RuntimeError as error:
+        raise ValueError(f"model.lora.path {path}: does not fit this adapter (model.lora.rank, targets): {error}") from error
     missing = [k for k in result.missing_keys if "lora_" in k]
     if result.unexpected_keys or missing or not layers:
         raise ValueError(
             f"model.lora.path {path}: does not fit this adapter (rank, targets): {len(missing)} layers missing, "
             f"{len(result.unexpected_keys)} unknown, e.g. {(missing + list(result.unexpected_keys) + ['no layers'])[0]}"
+        )
+
+
+def _check_alpha(model: Any, path: str, entries: dict[str, Any]) -> None:
+    """The file's own scale has to be the recipe's: with another alpha the same weights are another model."""
+    spec = model.peft_config["default"]
+    recorded = {float(v) for k, v in entries.items() if k.endswith((".alpha", ".lora_alpha"))}
+    found = recorded or {float(spec.r)}  # diffusers' own rule for a file that does not say: alpha = rank
+    if found != {float(spec.lora_alpha)}:
+        raise ValueError(
+            f"model.lora.path {path}: trained with alpha {', '.join(f'{a:g}' for a in sorted(found))}, this one has "
+            f"alpha {spec.lora_alpha:g}; set model.lora.alpha to the adapter's"
         )
 
 
@@ -61,6 +81,7 @@ def save_merged(loaded: Loaded, model: Any, folder: Path) -> None:
     plain.save_full(folder)
 
 
+@quietly()
 def reload(base: Loaded, folder: Path, whole: bool) -> nn.Module:
     """The denoiser as plain diffusers gets it from an export, whole or as an adapter on `base`."""
     if whole:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmpo.datasets.fields import image_field, number_field, shown, text_field
 from mmpo.datasets.formats.pick_a_pic import file_bytes
 from mmpo.datasets.ledger import BadField, Ledger, Row, import_rows
 from mmpo.datasets.pairing import Candidate
-from mmpo.datasets.tables import rows_of
+from mmpo.datasets.tables import rows_of, write_parquet
 from mmpo.errors import DataError
 from mmpo.pair import text
 
@@ -51,13 +49,10 @@ def write_candidates(rows: Iterable[Candidate], path: Path) -> int:
 
     Raises DataError when a prompt is not one text or an answer is not an image.
     """
-    partial, count = path.with_name(path.name + ".partial"), 0
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
-        for row in rows:
-            if [b.kind for b in (*row.prompt, row.block)] != ["text", "image"]:
-                raise DataError(f"candidate {count}: expected a prompt of one text and one image")
-            cells = {"prompt": row.prompt[0].data, "image": file_bytes(row.block), "score": row.score, "seed": row.seed}
-            writer.write_table(pa.Table.from_pylist([cells], SCHEMA))
-            count += 1
-    os.replace(partial, path)
-    return count
+    return write_parquet(path, SCHEMA, (_cells(row, i) for i, row in enumerate(rows)))
+
+
+def _cells(row: Candidate, place: int) -> dict[str, object]:
+    if [b.kind for b in (*row.prompt, row.block)] != ["text", "image"]:
+        raise DataError(f"candidate {place}: expected a prompt of one text and one image")
+    return {"prompt": row.prompt[0].data, "image": file_bytes(row.block), "score": row.score, "seed": row.seed}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmpo import media
 from mmpo.datasets.fields import image_field, image_pair, number_field, shown, text_field
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, import_rows
-from mmpo.datasets.tables import parquet_rows
+from mmpo.datasets.tables import parquet_rows, write_parquet
 from mmpo.errors import DataError
 from mmpo.pair import Block, Pair
 
@@ -93,13 +91,7 @@ def write_pick_a_pic(pairs: Iterable[Pair], path: Path) -> int:
     `weight`, `margin` and `scores` are kept as columns of ours. Raises DataError for what the format cannot hold: rows
     without two images, a prompt that is not one text, labels other than 1 and 0.5.
     """
-    partial, count = path.with_name(path.name + ".partial"), 0
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
-        for pair in pairs:
-            writer.write_table(pa.Table.from_pylist([_row(pair)], SCHEMA))
-            count += 1
-    os.replace(partial, path)
-    return count
+    return write_parquet(path, SCHEMA, (_row(pair) for pair in pairs))
 
 
 def _row(pair: Pair) -> dict[str, Any]:

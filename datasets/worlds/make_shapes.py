@@ -10,7 +10,7 @@ candidates are its own samples, unjudged: `mmpo train` judges and pairs them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,13 @@ from mmpo.datasets.pairing import Candidate
 from mmpo.datasets.worlds import shapes
 from mmpo.modalities.diffusion import Adapter
 from mmpo.modalities.diffusion_config import ModelConfig
+from mmpo.modalities.quiet import quietly
 from mmpo.pair import image, text
 from mmpo.schema import DrawConfig
 
 WRONG = 0.30  # share of training captions with one thing wrong
 BATCH = 32
+GUIDANCE, SAMPLE_STEPS = 2.0, 12  # of the candidates; configs/diffusion_dpo.yaml samples the same way
 RELATIONS = 0.72  # share of pictures with two objects in a relation; the rest are counts and single objects
 PROMPT_TOKENS = 12  # the longest caption has eight words
 
@@ -61,7 +63,7 @@ def make(out: Path | str, *, seed: int = 0, **budget: int) -> None:
     pipe = make_pipeline(out)
     train_vae(pipe.vae, spec.vae_steps, seed)
     train_denoiser(pipe, spec.pictures, spec.steps, seed + 1)
-    pipe.to(dtype=torch.float16).save_pretrained(out)
+    save(pipe, out)
     sample_candidates(out, spec.prompts, spec.candidates, seed)
 
 
@@ -70,7 +72,9 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     words = sorted({w for c in shapes.captions() for w in c.split()})
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.train_from_iterator(words, BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False))
+    learner.train_from_iterator(
+        words, BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    )
     alphabet = sorted(ByteLevel.alphabet())
     pairs = json.loads(learner.to_str())["model"]["merges"]
     tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(p) for p in pairs), "<|startoftext|>", "<|endoftext|>"]
@@ -168,7 +172,15 @@ def _encode_pool(pipe: StableDiffusionPipeline, pool: int, rng: np.random.Genera
     return whole * pipe.vae.config.scaling_factor, torch.cat(ids)
 
 
-def _stepper(parameters, lr: float, steps: int, weight_decay: float) -> Callable[[Tensor], None]:
+def save(pipe: StableDiffusionPipeline, out: Path) -> None:
+    """Write the pipeline with its weights in half precision, to be loaded in single precision."""
+    with quietly():
+        pipe.to(dtype=torch.float16).save_pretrained(out)
+    file = out / "text_encoder" / "config.json"  # transformers loads in the precision named there, diffusers in fp32
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def _stepper(parameters: Iterable[nn.Parameter], lr: float, steps: int, weight_decay: float) -> Callable[[Tensor], None]:
     """A function that takes one optimizer step down a loss: AdamW, one cycle of the learning rate, clipping at 1."""
     weights = list(parameters)
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
@@ -190,12 +202,13 @@ def sample_candidates(out: Path, prompts: int, per_prompt: int, seed: int) -> No
     chosen: dict[str, None] = {}
     while len(chosen) < prompts:
         chosen.update(dict.fromkeys(_captions(1, rng)))
-    adapter = Adapter(ModelConfig(path=str(out)), DrawConfig(), Cache(None), torch.device("cpu"))
+    config = ModelConfig(path=str(out), guidance=GUIDANCE, sample_steps=SAMPLE_STEPS)
+    adapter = Adapter(config, DrawConfig(), Cache(None), torch.device("cpu"))
     jobs = [(caption, seed * 1_000_000 + i * per_prompt + k) for i, caption in enumerate(chosen) for k in range(per_prompt)]
     rows = []
     for start in tqdm(range(0, len(jobs), 60), desc="candidates", unit="batch"):
         part = jobs[start : start + 60]
         blocks = adapter.sample(adapter.model, [(text(c),) for c, _ in part], [s for _, s in part])
-        packed = [image(media.encode(b.data, "WEBP", quality=92, method=6)) for b in blocks]
+        packed = [image(media.encode(media.pixels(b), "WEBP", quality=92, method=6)) for b in blocks]
         rows += [Candidate((text(c),), b, seed=s) for (c, s), b in zip(part, packed, strict=True)]
     write_candidates(rows, out / "candidates.parquet")

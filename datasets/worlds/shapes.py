@@ -6,7 +6,8 @@ A caption names objects, their colours, their number and where they stand:
 
 `render` draws a caption (pixels from signed distances, so anti-aliased and resolution-free), `verify` reads a picture
 back: it segments the palette's colours, takes connected components, compares each with the four shapes' templates and
-checks count and position. The score is smooth in the pixels, 1 for a perfect picture; `correct` is the hard verdict.
+checks count and position. The score is 1 for a perfect picture and changes smoothly with the pixels while the same objects
+are seen in them; `correct` is the hard verdict.
 Nothing here needs a network, a font or a trained model.
 """
 
@@ -69,7 +70,8 @@ def parse(caption: str) -> Scene:
         raise ValueError(f"not a caption of the shapes world: {caption!r} (expected e.g. 'a red circle left of a blue square')")
     for colour, shape in scene.objects:
         if colour not in COLOURS or shape not in SHAPES:
-            raise ValueError(f"caption {caption!r}: unknown object '{colour} {shape}' (colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)})")
+            known = f"colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}"
+            raise ValueError(f"caption {caption!r}: unknown object '{colour} {shape}' ({known})")
     return scene
 
 
@@ -77,7 +79,10 @@ def captions() -> list[str]:
     """All 1,340 captions, in a fixed order: 1,280 relations of two colours, 40 counts, 20 single objects."""
     things = list(itertools.product(COLOURS, SHAPES))
     relations = [
-        f"a {c1} {s1} {r} a {c2} {s2}" for (c1, s1), (c2, s2) in itertools.product(things, things) if c1 != c2 for r in RELATIONS
+        f"a {c1} {s1} {r} a {c2} {s2}"
+        for (c1, s1), (c2, s2) in itertools.product(things, things)
+        if c1 != c2
+        for r in RELATIONS
     ]
     counts = [f"{n} {c} {_plural(s)}" for n in NUMBERS for c, s in things]
     return relations + counts + [f"a {c} {s}" for c, s in things]

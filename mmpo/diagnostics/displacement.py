@@ -6,20 +6,30 @@ from collections.abc import Sequence
 
 from mmpo.diagnosis import Flag, Record, evaluations
 
+REWARD = 0.25  # implicit reward, beta times the drift, below which a loss on the chosen side is too small to matter
+ERRORS = 2.0  # standard errors over held-out pairs by which the drift has to exceed its bound
+
 
 def displacement(records: Sequence[Record]) -> Flag | None:
     """A flag when held-out chosen answers lost more log-likelihood against the reference than the margin gained.
 
-    Reads `eval/drift_chosen` (nats below the reference, positive = less likely) and `eval/margin` of the last evaluation.
+    Reads `eval/drift_chosen` (nats below the reference, positive = less likely), its standard error over the pairs and
+    `eval/margin` of the last evaluation, and beta of the start. A margin of 1 / beta nats is one unit of reward, so the
+    loss counts from a quarter of that on, and only as far as it cannot be the choice of held-out pairs. Beta is 1 where
+    the objective has none.
     """
     seen = [r for r in evaluations(records) if "eval/drift_chosen" in r and r["step"] > 0]
-    if not seen or seen[-1]["eval/drift_chosen"] <= max(seen[-1]["eval/margin"], 0.0):
+    if not seen:
         return None
-    last = seen[-1]
+    last, start = seen[-1], next((r for r in records if r.get("event") == "start"), {})
+    drift, margin = last["eval/drift_chosen"], last["eval/margin"]
+    beta, error = start.get("beta") or 1.0, last.get("eval/drift_chosen_error", 0.0)
+    if not drift - ERRORS * error > max(margin, 0.0) or beta * drift < REWARD:
+        return None
     return Flag(
         "displacement",
-        f"at step {last['step']} the chosen answers of held-out pairs are {last['eval/drift_chosen']:.3g} nats less likely than under the "
-        f"reference, more than the margin of {last['eval/margin']:.3g} nats that was won: both sides are being unlearnt",
-        "add an anchor on the chosen side (- {loss: err_anchor, of: chosen, weight: 1.0} for denoisers, nll for tokens), lower the lr, "
-        "or drop pairs whose two sides are nearly the same",
+        f"at step {last['step']} the chosen answers of held-out pairs are {drift:.3g} nats (a reward of "
+        f"{-beta * drift:.3g}) less likely than under the reference, more than the margin of {margin:.3g} nats that was won: both sides are being unlearnt",
+        "add an anchor on the chosen side (- {loss: err_anchor, of: chosen, weight: 1.0} for denoisers, nll for tokens), "
+        "lower the lr, or drop pairs whose two sides are nearly the same",
     )

@@ -1,0 +1,141 @@
+"""After the run: `mmpo sample`, `eval` and `export` on a tiny finished run, and the exports that are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmpo import checkpoint, cli, find, launch
+from mmpo.modalities.diffusion import Adapter
+from tests.tiny_run import load, make_world
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of two steps with a large learning rate, judged by brightness."""
+    folder = tmp_path_factory.mktemp("finished")
+    find.PLUGINS.add("tests.tiny_run")
+    more = ("train.steps=2", "train.lr=2e-2", "judge.name=tests.tiny_run:brightness")
+    launch.run(load(make_world(folder / "world"), folder / "run", *more))
+    yield folder / "run"
+    find.PLUGINS.discard("tests.tiny_run")
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_sample_writes_base_beside_aligned(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", str(finished), "--prompt", "a red circle", "--prompt", "a blue cross", "--seed", "3", "--out"]
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "sheet.png")
+    assert cli.main([*words, str(tmp_path / "two")]) == 0
+    names = ["base/000.png", "base/001.png", "aligned/000.png", "aligned/001.png", "captions.json", "sheet.png"]
+    one, two = ({n: (tmp_path / folder / n).read_bytes() for n in names} for folder in ("one", "two"))
+    assert one == two  # a function of the weights, the prompts and the seed
+    assert one["base/000.png"] != one["aligned/000.png"]
+    assert json.loads(one["captions.json"]) == ["a red circle", "a blue cross"]
+
+
+def test_samples_of_consecutive_seeds_line_up(finished: Path, tmp_path: Path) -> None:
+    prompts = ["--prompt", "a red circle", "--prompt", "a red circle"]
+    for seed in (0, 1):
+        assert cli.main(["sample", str(finished), *prompts, "--seed", str(seed), "--out", str(tmp_path / str(seed))]) == 0
+    for model in ("base", "aligned"):
+        assert (tmp_path / f"0/{model}/001.png").read_bytes() == (tmp_path / f"1/{model}/000.png").read_bytes()
+
+
+def test_eval_measures_what_the_run_reported(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", str(finished), "--plugin", "tests.tiny_run"]) == 0
+    found, summary = json.loads(capsys.readouterr().out), json.loads((finished / "summary.json").read_text())
+    assert found["pairs"]["accuracy"] == pytest.approx(summary["heldout_pair_accuracy"])
+    for model in ("base", "aligned"):
+        assert found[model] == pytest.approx(summary[model])
+    assert found["win_rate"] == summary["win_rate"]
+
+
+def lines_to_load(printed: str) -> Any:
+    """What a user gets who runs the lines that export printed."""
+    from diffusers import DiffusionPipeline
+
+    names = {"DiffusionPipeline": DiffusionPipeline}
+    exec("\n".join(line.strip() for line in printed.splitlines() if line.startswith("  ")), names)
+    return names["pipe"]
+
+
+@torch.no_grad()
+def output(pipe: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, states = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 16, 32, generator=generator)
+    return pipe.unet(x, 500, states).sample
+
+
+def test_both_kinds_of_export_give_one_and_the_same_model(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for more in ([], ["--merge"]):
+        assert cli.main(["export", str(finished), "--out", str(tmp_path / f"{len(more)}"), *more]) == 0
+        outputs.append(output(lines_to_load(capsys.readouterr().out)))
+    base = output(lines_to_load(f"  pipe = DiffusionPipeline.from_pretrained({str(finished.parent / 'world/pipe')!r})"))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert (outputs[0] - base).abs().max() > 1e-3
+    assert load_file(tmp_path / "0" / FILE).keys() == load_file(finished / "export" / FILE).keys()
+
+
+def test_an_adapter_that_changes_nothing_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = copied / "best" / "policy.safetensors"
+    weights = checkpoint.from_bytes(best.read_bytes())
+    assert any(v.abs().max() > 0 for n, v in weights.items() if "lora_B" in n)
+    inert = {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in weights.items()}
+    best.write_bytes(checkpoint.to_bytes(inert))
+    assert cli.main(["export", str(copied), "--out", str(copied / "inert")]) == 1
+    assert "gives the base model's output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merge", [[], ["--merge"]])
+def test_a_file_that_is_not_the_policy_is_refused(
+    copied: Path, merge: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Adapter.save
+
+    def tampered(self: Adapter, model: torch.nn.Module, folder: Path, merge: bool = False) -> None:
+        write(self, model, folder, merge)
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors" if merge else folder / FILE
+        save_file({n: v * 3 if "to_q" in n or "to_out" in n else v for n, v in load_file(file).items()}, file)
+
+    monkeypatch.setattr(Adapter, "save", tampered)
+    assert cli.main(["export", str(copied), "--out", str(copied / "tampered"), *merge]) == 1
+    assert "differs from the trained policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_a_folder_without_a_run_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(tmp_path)]) == 2
+    assert f"{tmp_path} holds no run: expected recipe.yaml" in capsys.readouterr().err
+
+
+def test_a_run_before_its_first_evaluation_is_named(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copied / "best")
+    assert cli.main(["export", str(copied)]) == 2
+    assert "no weights under best/" in capsys.readouterr().err
+
+
+def test_a_run_says_nothing_that_is_not_its_own(
+    copied: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    for more in ([], ["--merge"]):
+        assert cli.main(["export", str(copied), "--out", str(copied / "quiet"), *more]) == 0
+    assert capfd.readouterr().err == ""
+    assert not caplog.messages
+    assert not [w for w in recwarn if "torch_dtype" in str(w.message)]

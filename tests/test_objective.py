@@ -1,0 +1,178 @@
+"""Objectives on bare scores: roles and branches, weights, rows, units, and what is refused before anything loads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmpo.links import LINKS
+from mmpo.objective import Objective, accuracy, make_term, rows_of
+from mmpo.pair import Pair, text
+from mmpo.scores import Scores
+
+CHOSEN, REJECTED = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -2.5])
+REF_CHOSEN, REF_REJECTED = torch.tensor([-3.5, -4.0]), torch.tensor([-4.0, -4.0])
+Z = (CHOSEN - REF_CHOSEN) - (REJECTED - REF_REJECTED)
+
+
+def scores(values: Tensor, present: list[bool] | None = None, **extras: Tensor) -> Scores:
+    """One unit per row, as denoisers have it."""
+    mask = torch.tensor(present or [True] * len(values))[:, None]
+    return Scores(values[:, None], mask, {k: v[:, None] for k, v in extras.items()})
+
+
+def policy(**extras: Any) -> dict[str, Scores]:
+    given = {"chosen": CHOSEN.clone().requires_grad_(), "rejected": REJECTED.clone().requires_grad_()}
+    return {b: scores(v, err=-v.detach() / 500) for b, v in given.items()}
+
+
+REFERENCE = {"chosen": scores(REF_CHOSEN), "rejected": scores(REF_REJECTED)}
+
+
+def rows(**columns: list[Any]) -> Any:
+    pairs = [Pair(f"p{i}", (text("a"),), (text("b"),), (text("c"),), **{k: v[i] for k, v in columns.items()}) for i in range(2)]
+    return rows_of(pairs, "cpu")
+
+
+def loss_of(*terms: dict[str, Any], rows: Any = None) -> Tensor:
+    return Objective([make_term(**t) for t in terms])(policy(), REFERENCE, rows or globals()["rows"]()).loss
+
+
+def test_dpo_by_hand() -> None:
+    torch.testing.assert_close(loss_of({"loss": "dpo", "beta": 0.5}), -F.logsigmoid(0.5 * Z))
+
+
+def test_policy_equal_to_reference_is_log_2() -> None:
+    result = Objective([make_term("dpo", beta=5.0)])(REFERENCE, REFERENCE, rows())
+    assert torch.equal(result.metrics["rewards/margins"], torch.zeros(2))
+    assert torch.equal(result.metrics["rewards/accuracies"], torch.full((2,), 0.5))
+    assert result.loss.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_roles_read_the_branches_that_of_names() -> None:
+    """Swapped roles negate the logit; a one-role loss reads the branch it is given."""
+    torch.testing.assert_close(loss_of({"loss": "dpo", "beta": 0.5, "of": ["rejected", "chosen"]}), -F.logsigmoid(-0.5 * Z))
+    torch.testing.assert_close(loss_of({"loss": "err_anchor"}), -CHOSEN / 500)
+    torch.testing.assert_close(loss_of({"loss": "err_anchor", "of": ["rejected"]}), -REJECTED / 500)
+
+
+def test_terms_are_summed_with_their_weights() -> None:
+    got = loss_of({"loss": "dpo", "beta": 0.5, "weight": 2.0}, {"loss": "err_anchor", "weight": 0.1})
+    torch.testing.assert_close(got, -2 * F.logsigmoid(0.5 * Z) + 0.1 * -CHOSEN / 500)
+
+
+def test_margin_and_label_come_from_the_rows() -> None:
+    got = loss_of({"loss": "dpo", "beta": 0.5}, rows=rows(margin=[0.3, 0.0], label=[1.0, 0.7]))
+    logits = 0.5 * Z - torch.tensor([0.3, 0.0])
+    label = torch.tensor([1.0, 0.7])
+    torch.testing.assert_close(got, -label * F.logsigmoid(logits) - (1 - label) * F.logsigmoid(-logits))
+
+
+def test_row_columns() -> None:
+    columns = rows(weight=[1.0, 2.0], margin=[0.0, 0.5], label=[1.0, 0.5], scores=[{"chosen": 0.9}, {"rejected": 0.2}])
+    assert columns.ids == ("p0", "p1") and columns.weight.tolist() == [1, 2] and columns.label.tolist() == [1, 0.5]
+    assert columns.margin.tolist() == [0, 0.5]
+    assert {k: pytest.approx(v.tolist()) for k, v in columns.scores.items()} == {"chosen": [0.9, 0], "rejected": [0, 0.2]}
+
+
+@pytest.mark.parametrize("link", sorted(LINKS))
+def test_links_change_the_reward_of_both_sides(link: str) -> None:
+    ratios = (CHOSEN - REF_CHOSEN, REJECTED - REF_REJECTED)
+    wanted = -F.logsigmoid(0.5 * (LINKS[link](ratios[0]) - LINKS[link](ratios[1])))
+    torch.testing.assert_close(loss_of({"loss": "dpo", "beta": 0.5, "link": link}), wanted)
+
+
+def test_kto_pools_both_sides() -> None:
+    """z0 is the mean over all four answers, cut at 0; a row's loss is the mean over its sides."""
+    ratios = torch.stack([CHOSEN - REF_CHOSEN, REJECTED - REF_REJECTED])
+    value = 0.5 * (ratios - ratios.mean().clamp(min=0))
+    each = torch.stack([torch.sigmoid(-value[0]), torch.sigmoid(value[1])])
+    torch.testing.assert_close(loss_of({"loss": "kto", "beta": 0.5}), each.mean(0))
+    metrics = Objective([make_term("kto", beta=0.5)])(policy(), REFERENCE, rows()).metrics
+    torch.testing.assert_close(metrics["rewards/margins"], 0.5 * Z)
+
+
+def test_kto_on_unpaired_rows() -> None:
+    """Row 0 has only a good answer, row 1 only a bad one: neither side's absence enters the baseline, loss or gradient."""
+    mine = {
+        "chosen": scores(torch.tensor([-3.0, 99.0], requires_grad=True), [True, False]),
+        "rejected": scores(torch.tensor([99.0, -2.5], requires_grad=True), [False, True]),
+    }
+    logps = {b: s.logp for b, s in mine.items()}
+    for value in logps.values():
+        value.retain_grad()
+    result = Objective([make_term("kto", beta=0.5)])(mine, REFERENCE, rows())
+    good, bad = -3.0 + 3.5, -2.5 + 4.0
+    z0 = (good + bad) / 2
+    torch.testing.assert_close(result.loss, torch.sigmoid(torch.tensor([-0.5 * (good - z0), 0.5 * (bad - z0)])))
+    result.loss.sum().backward()
+    assert logps["chosen"].grad is not None and logps["chosen"].grad[1] == 0 and logps["chosen"].grad[0] < 0
+    assert logps["rejected"].grad is not None and logps["rejected"].grad[0] == 0 and logps["rejected"].grad[1] > 0
+    assert Objective([make_term("dpo")]).needs_pairs and not Objective([make_term("kto")]).needs_pairs
+    assert Objective([make_term("kto"), make_term("err_anchor")]).needs_pairs
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_units_are_summed_or_averaged_under_the_mask(reduce: str) -> None:
+    logp = {"chosen": torch.tensor([[-1.0, -2.0, -50.0]]), "rejected": torch.tensor([[-1.0, -1.0, -4.0]])}
+    mask = {"chosen": torch.tensor([[True, True, False]]), "rejected": torch.ones(1, 3, dtype=torch.bool)}
+    mine = {b: Scores(logp[b], mask[b]) for b in logp}
+    ref = {b: Scores(torch.full((1, 3), -2.0), mask[b]) for b in logp}
+    row = rows_of([Pair("p", (text("a"),), (text("b"),), (text("c"),))], "cpu")
+    got = Objective([make_term("dpo", beta=1.0, reduce=reduce)])(mine, ref, row).loss
+    chosen, rejected = (1.0, 0.0) if reduce == "sum" else (0.5, 0.0)  # (-3 - -4) and (-6 - -6), over 2 and 3 units
+    torch.testing.assert_close(got, -F.logsigmoid(torch.tensor([chosen - rejected])))
+
+
+def test_metrics_have_trls_names() -> None:
+    metrics = Objective([make_term("dpo", beta=0.5)])(policy(), REFERENCE, rows()).metrics
+    assert set(metrics) == {
+        "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    }  # fmt: skip
+    torch.testing.assert_close(metrics["rewards/chosen"], 0.5 * (CHOSEN - REF_CHOSEN))
+    assert metrics["rewards/accuracies"].tolist() == [float(z > 0) for z in Z]
+    assert not any(m.requires_grad for m in metrics.values())
+    assert accuracy(torch.tensor([1.0, 0.0, -1.0])).tolist() == [1, 0.5, 0]
+
+
+def test_the_reference_gets_no_gradient() -> None:
+    ref = {b: scores(s.logp[:, 0].clone().requires_grad_()) for b, s in REFERENCE.items()}
+    assert not Objective([make_term("dpo")])(REFERENCE, ref, rows()).loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("term", "provides", "branches", "reference", "message"),
+    [
+        ({"loss": "dpo"}, set(), ("chosen", "rejected"), False, "loss dpo needs ref: set reference.kind"),
+        ({"loss": "mapo"}, set(), ("chosen", "rejected"), True, "loss mapo needs err: this modality provides nothing more"),
+        (
+            {"loss": "dpo", "of": ["chosen@crop", "rejected"]}, {"err"}, ("chosen", "rejected"), True,
+            "loss dpo reads branch 'chosen@crop'; this modality has chosen, rejected",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named_before_anything_loads(
+    term: dict[str, Any], provides: set[str], branches: tuple[str, ...], reference: bool, message: str
+) -> None:
+    objective = Objective([make_term("err_anchor"), make_term(**term)] if "err" in provides else [make_term(**term)])
+    with pytest.raises(ValueError, match=message):
+        objective.check(frozenset(provides), branches, reference)
+
+
+def test_terms_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="loss dpo reads chosen, rejected; of: names 1 branches"):
+        make_term("dpo", of=["chosen"])
+    with pytest.raises(ValueError, match="no 'dpoo' in losses.*did you mean 'dpo'"):
+        make_term("dpoo")
+    with pytest.raises(ValueError, match="objective: no terms"):
+        Objective([])
+
+
+def test_branches_are_those_of_all_terms_in_order() -> None:
+    terms = [make_term("err_anchor", of=["rejected"]), make_term("dpo"), make_term("dpo", of=["chosen", "chosen@crop"])]
+    assert Objective(terms).branches == ("rejected", "chosen", "chosen@crop")

@@ -1,0 +1,261 @@
+"""The loop: order, learning rate, accumulation, several processes, refused steps, averages, and what it logs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmpo import checkpoint, launch
+from mmpo.errors import RecipeError, RunFailed
+from mmpo.reference import Values, unwrap
+from mmpo.runlog import read
+from mmpo.schema import Recipe, TrainConfig
+from mmpo.train import Run, batch_of, evaluate_now, learning_rate, optimize, order, train
+from tests.tiny_run import line_pairs, line_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first run's precision for the whole process."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+
+
+def weight(run: Run) -> torch.Tensor:
+    return next(unwrap(run.model).parameters()).detach().clone()
+
+
+# ---- order
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 100), st.integers(1, 300))
+def test_order_is_a_permutation_and_a_pure_function(seed: int, epoch: int, size: int) -> None:
+    first = order(seed, epoch, size)
+    np.random.random()  # plays no part
+    assert sorted(first) == list(range(size)) and (order(seed, epoch, size) == first).all()
+
+
+def test_order_differs_between_seeds_and_epochs() -> None:
+    orders = {tuple(order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_any_position_is_reached_without_the_ones_before(tmp_path: Path) -> None:
+    run = line_run(tmp_path, line_pairs(7))
+    walked = [key for step in range(50) for key in batch_of(run, step, 0)[1]]
+    assert batch_of(run, 31, 0)[1] == walked[31 * 4 : 32 * 4]
+    assert len(batch_of(run, 10**12, 0)[1]) == 4  # hours if it had to be walked to
+    for epoch in range(len(walked) // 7):
+        part = walked[7 * epoch : 7 * epoch + 7]
+        assert {k.sample for k in part} == {str(i) for i in range(7)} and {k.index for k in part} == {epoch}
+
+
+def test_draws_per_pair_come_round_again(tmp_path: Path) -> None:
+    run = line_run(tmp_path, line_pairs(4), draws_per_pair=3)
+    assert [batch_of(run, step, 0)[1][0].index for step in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+    ],
+)
+def test_learning_rate(schedule: Any, expected: list[float]) -> None:
+    spec = TrainConfig(steps=6, warmup=2, lr=2.0, schedule=schedule)
+    assert [learning_rate(spec, step) for step in range(6)] == pytest.approx([2 * e for e in expected], abs=1e-12)
+
+
+# ---- the same batch, however it is cut
+
+
+@pytest.mark.parametrize("optimizer", ["sgd"])
+def test_accumulation_equals_one_large_batch(tmp_path: Path, optimizer: str) -> None:
+    whole, parts = line_run(tmp_path / "a", batch_size=8), line_run(tmp_path / "b", batch_size=2, accumulate=4)
+    train(whole, 6)
+    train(parts, 6)
+    assert not torch.equal(weight(whole), weight(line_run(tmp_path / "c")))
+    torch.testing.assert_close(weight(parts), weight(whole), rtol=0, atol=1e-6)
+    for one, other in zip(read(whole.log.path), read(parts.log.path), strict=True):
+        assert {k: v for k, v in one.items() if k[:2] not in ("t0", "t1", "t2", "t3")} == pytest.approx(
+            {k: v for k, v in other.items() if k[:2] not in ("t0", "t1", "t2", "t3")}, abs=1e-6
+        )
+
+
+def in_two_processes(folder: Path, case: str) -> list[dict[str, Any]]:
+    """Run `worker` in two processes that find each other over gloo; what each of them prints, as JSON."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"from tests.test_train import worker; worker({str(folder)!r}, {case!r})"
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    started = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
+        started.append(
+            subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=-1, stderr=-1, text=True, cwd=ROOT)
+        )
+    results = []
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-2000:]
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+def worker(folder: str, case: str) -> None:
+    """One process of two; a batch of 4 each."""
+    torch.set_num_threads(1)
+    pairs = line_pairs(24)
+    if case == "skip":
+        pairs[3] = line_pairs(4, weight=float("nan"))[3]
+    run = line_run(Path(folder), pairs, batch_size=4, on_nonfinite="skip")
+    assert run.accelerator.num_processes == 2
+    train(run, 6)
+    print(json.dumps({"weight": weight(run).tolist(), "skipped": run.progress.skipped_steps}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["plain", "skip"])
+def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path, case: str) -> None:
+    """Also when only one of them meets a loss that is not finite: both skip the step, none waits for the other."""
+    pairs = line_pairs(24)
+    if case == "skip":
+        pairs[3] = line_pairs(4, weight=float("nan"))[3]
+    (tmp_path / "two").mkdir()
+    first, second = in_two_processes(tmp_path / "two", case)
+    one = line_run(tmp_path / "one", pairs, batch_size=8, on_nonfinite="skip")
+    train(one, 6)
+    assert first == second and first["skipped"] == one.progress.skipped_steps == (2 if case == "skip" else 0)
+    torch.testing.assert_close(torch.tensor(first["weight"]), weight(one), rtol=0, atol=1e-6)
+    assert read(tmp_path / "two" / "log.1.jsonl") == []  # only the first process logs
+    mine, theirs = read(one.log.path), read(tmp_path / "two" / "log.0.jsonl")
+    assert [r["loss"] for r in mine if "loss" in r] == pytest.approx([r["loss"] for r in theirs if "loss" in r], abs=1e-6)
+
+
+def test_fsdp_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"train": {"fsdp": True}})
+    with pytest.raises(RecipeError, match="train.fsdp"):
+        launch.make_accelerator(recipe, tmp_path)
+
+
+# ---- steps that must not happen
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pair(tmp_path: Path) -> None:
+    pairs = line_pairs(8)
+    pairs[5] = line_pairs(6, weight=float("inf"))[5]
+    run = line_run(tmp_path, pairs, batch_size=8)
+    before = weight(run)
+    with pytest.raises(RunFailed, match=r"step 1: the loss of pair 5 is not finite; the step was not applied"):
+        train(run, 6)
+    assert torch.equal(weight(run), before) and run.progress.step == 0 and read(run.log.path) == []
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    run = line_run(tmp_path)
+    next(run.model.parameters()).register_hook(lambda g: g * float("nan"))
+    before = weight(run)
+    with pytest.raises(RunFailed, match="the gradient of pairs .* is not finite; the step was not applied"):
+        train(run, 6)
+    assert torch.equal(weight(run), before)
+
+
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path: Path) -> None:
+    pairs = line_pairs(8)
+    pairs[5] = line_pairs(6, weight=float("nan"))[5]
+    run = line_run(tmp_path, pairs, on_nonfinite="skip", optimizer="adamw")
+    weights = [weight(run)]
+    for step in range(1, 7):
+        train(run, step)
+        weights.append(weight(run))
+    bad = ["5" in [p.id for p in batch_of(run, step, 0)[0]] for step in range(6)]
+    assert [torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)] == bad
+    assert run.progress.skipped_steps == sum(bad) == 3
+    assert [r.get("skipped", 0) for r in read(run.log.path) if r["event"] == "train"] == bad
+
+
+def test_clip(tmp_path: Path) -> None:
+    free, clipped = line_run(tmp_path / "a", clip=1e6), line_run(tmp_path / "b", clip=0.01)
+    start = weight(free)
+    norms = [optimize(run)["grad_norm"] for run in (free, clipped)]
+    assert norms[0] == norms[1] > 0.01  # the norm that is logged is the one before clipping
+    assert (weight(clipped) - start).norm() == pytest.approx(0.01, rel=1e-4)  # lr 1
+    assert (weight(free) - start).norm() == pytest.approx(norms[0], rel=1e-4)
+
+
+# ---- averages and precision
+
+
+def test_moving_average_has_its_closed_form(tmp_path: Path) -> None:
+    run = line_run(tmp_path, ema=0.8)
+    run.ema = Values(run.model, 0.8)
+    expected = weight(run)
+    for step in range(1, 6):
+        train(run, step)
+        expected = 0.8 * expected + 0.2 * weight(run)
+    torch.testing.assert_close(run.ema.values["weight"], expected)
+    kept = checkpoint.from_bytes((tmp_path / "best" / "policy.safetensors").read_bytes())["weight"]
+    assert torch.equal(kept, run.ema.values["weight"]) and not torch.equal(kept, weight(run))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_keeps_weights_and_losses_in_fp32(tmp_path: Path, precision: str) -> None:
+    run = line_run(tmp_path, precision=precision)
+    train(run, 4)
+    losses = [r["loss"] for r in read(run.log.path) if r["event"] == "train"]
+    assert weight(run).dtype == torch.float32 and losses[0] == pytest.approx(math.log(2), abs=1e-7)
+    assert all(math.isfinite(x) for x in losses) and losses[-1] != losses[0]
+
+
+# ---- the log
+
+
+def test_metrics_have_the_names_of_trl_and_no_clock(tmp_path: Path) -> None:
+    run = line_run(tmp_path)
+    train(run, 2)
+    names = set(read(run.log.path)[0])
+    expected = {"event", "step", "loss", "lr", "grad_norm"}
+    expected |= {f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")}
+    expected |= {f"{kind}/{side}" for kind in ("logps", "displacement") for side in ("chosen", "rejected")}
+    assert names == expected | {f"t{b}/{n}" for b in range(4) for n in ("accuracies", "margins")}
+    again = line_run(tmp_path / "again")
+    train(again, 2)
+    assert again.log.path.read_bytes() == run.log.path.read_bytes()
+
+
+def test_without_anything_to_measure_the_last_weights_are_the_best(tmp_path: Path) -> None:
+    run = line_run(tmp_path)
+    evaluate_now(run)
+    assert not (tmp_path / "best").exists()  # the base is never the best: an export has to differ from it
+    train(run, 2)
+    kept = checkpoint.from_bytes((tmp_path / "best" / "policy.safetensors").read_bytes())
+    assert torch.equal(kept["weight"], weight(run)) and run.progress.best_step == 2
