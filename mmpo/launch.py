@@ -230,7 +230,8 @@ def self_check(run: Run) -> None:
         worst = int(margin.abs().argmax())
         raise RunFailed(
             f"policy and reference differ before the first step: reward margin {float(margin[worst]):.3g} on pair "
-            f"{pairs[worst].id}, expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference lacks"
+            f"{pairs[worst].id}, expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference "
+            "lacks"
         )
     if not bool(result.loss.isfinite().all()):
         raise RunFailed(

@@ -29,7 +29,8 @@ def displacement(records: Sequence[Record]) -> Flag | None:
     return Flag(
         "displacement",
         f"at step {last['step']} the chosen answers of held-out pairs are {drift:.3g} nats (a reward of "
-        f"{-beta * drift:.3g}) less likely than under the reference, more than the margin of {margin:.3g} nats that was won: both sides are being unlearnt",
+        f"{-beta * drift:.3g}) less likely than under the reference, more than the margin of {margin:.3g} nats that was won: "
+        "both sides are being unlearnt",
         "add an anchor on the chosen side (- {loss: err_anchor, of: chosen, weight: 1.0} for denoisers, nll for tokens), "
         "lower the lr, or drop pairs whose two sides are nearly the same",
     )

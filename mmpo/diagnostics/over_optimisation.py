@@ -28,8 +28,9 @@ def over_optimisation(records: Sequence[Record]) -> Flag | None:
     return Flag(
         "over_optimisation",
         f"from step {best['step']} to step {last['step']} the judge's score of held-out samples fell from "
-        f"{best['eval/judge']:.3f} to {last['eval/judge']:.3f}, while accuracy on held-out pairs went from {best['eval/pair_accuracy']:.3f} to "
-        f"{last['eval/pair_accuracy']:.3f}: the policy is fitting the pairs beyond what they say about samples",
+        f"{best['eval/judge']:.3f} to {last['eval/judge']:.3f}, while accuracy on held-out pairs went from "
+        f"{best['eval/pair_accuracy']:.3f} to {last['eval/pair_accuracy']:.3f}: "
+        "the policy is fitting the pairs beyond what they say about samples",
         f"keep the checkpoint of step {best['step']} (it is under best/); then fewer steps, a larger beta, a smaller lr, "
         "an anchor (- {loss: err_anchor, of: chosen, weight: 1.0}), or fresh pairs of the policy's own samples (--rounds 2)",
     )
