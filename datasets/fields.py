@@ -32,13 +32,15 @@ def text_field(row: Row, *names: str) -> str:
     return value
 
 
-def number_field(row: Row, name: str, default: float | None = None) -> float:
-    """A finite number; `default` when the row has none (an error without a default)."""
+def number_field(row: Row, name: str, default: float | None = None, least: float = -math.inf) -> float:
+    """A finite number, at least `least`; `default` when the row has none (an error without a default)."""
     value = row.get(name)
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise BadField(name, "a finite number", shown(value))
+    if value < least:
+        raise BadField(name, f"at least {least:g}", shown(value))
     return float(value)
 
 

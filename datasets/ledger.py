@@ -44,6 +44,10 @@ class Ledger:
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.on_bad not in ("refuse", "skip"):
+            raise ValueError(f"on_bad: expected 'refuse' or 'skip', found {self.on_bad!r}")
+
     @property
     def rows(self) -> int:
         """Rows read: used + skipped + refused."""
@@ -66,11 +70,6 @@ class Ledger:
     def _example(self, where: str, reason: str) -> None:
         if len(self.examples[reason]) < EXAMPLES:
             self.examples[reason].append(where)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts, for a run's records."""
-        counts = {"skipped": dict(self.skipped), "refused": dict(self.refused), "notes": dict(self.notes)}
-        return {"rows": self.rows, "used": self.used, **counts}
 
     def __str__(self) -> str:
         skipped, refused = self.skipped.total(), self.refused.total()

@@ -49,44 +49,53 @@ def rows(
     return importer(Path(path), root=None if root is None else Path(root), ties=ties, ledger=ledger)
 
 
-def load(
+def pairs(
     path: str | Path,
+    ledger: Ledger,
     *,
     format: str | None = None,
     root: str | Path | None = None,
     ties: Literal["drop", "soft"] = "drop",
-    on_bad: Literal["refuse", "skip"] = "refuse",
-    limit: int | None = None,
     strategy: str = "best_worst",
     margin: float = 0.0,
     seed: int = 0,
+) -> Iterator[Pair]:
+    """The pairs of a dataset, one at a time; candidates are all read first, because a pair depends on its whole group."""
+    chosen = format or detect(path)
+    items = rows(path, ledger, format=chosen, root=root, ties=ties)
+    if chosen != "candidates":
+        return _numbered(items, ledger)
+    made, drops = pair_up(_scored(items), strategy, margin=margin, seed=seed)
+    ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in drops.items()})
+    return iter(made)
+
+
+def load(
+    path: str | Path,
+    *,
+    on_bad: Literal["refuse", "skip"] = "refuse",
+    limit: int | None = None,
+    **options: Any,
 ) -> tuple[list[Pair], Ledger]:
     """The pairs of a dataset, and the ledger of its rows.
 
-    format: a file of datasets/formats, by default detected. root: the folder that paths in rows start from, by default
-    the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5. on_bad: "refuse" raises
-    DataError at the first bad row, "skip" counts bad rows. limit: stop after so many pairs. strategy, margin, seed: how
-    candidates are paired (see mmpo.datasets.pairing), which also refuses unscored ones.
-    Every image is decoded once, so that a run never meets a damaged one. A pair that occurs again gets the id `<id>#2`.
+    on_bad: "refuse" raises DataError at the first bad row, "skip" counts bad rows. limit: stop after so many pairs.
+    options are those of `pairs`. format: a file of datasets/formats, by default detected. root: the folder that paths in
+    rows start from, by default the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5.
+    strategy, margin, seed: how candidates are paired (see mmpo.datasets.pairing), which also refuses unscored ones.
+    Every image is decoded once, so that a run never meets a damaged one, and kept as the bytes of its file. A pair that
+    occurs again gets the id `<id>#2`.
     """
-    if on_bad not in ("refuse", "skip"):
-        raise ValueError(f"on_bad: expected 'refuse' or 'skip', found {on_bad!r}")
     ledger = Ledger(on_bad)
-    chosen = format or detect(path)
-    items = rows(path, ledger, format=chosen, root=root, ties=ties)
-    if chosen == "candidates":
-        pairs, drops = pair_up(_scored(items), strategy, margin=margin, seed=seed)
-        ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in drops.items()})
-        return pairs[:limit], ledger
-    return list(_numbered(itertools.islice(items, limit), ledger)), ledger
+    return list(itertools.islice(pairs(path, ledger, **options), limit)), ledger
 
 
 def load_candidates(
-    path: str | Path, *, root: str | Path | None = None, on_bad: Literal["refuse", "skip"] = "refuse"
+    path: str | Path, *, root: str | Path | None = None, on_bad: Literal["refuse", "skip"] = "refuse", limit: int | None = None
 ) -> tuple[dict[str, list[Candidate]], Ledger]:
-    """The candidates of a file by prompt, scored or not, and the ledger: what a judge and `pair_up` start from."""
+    """The first `limit` candidates of a file by prompt, scored or not, and the ledger: what judges and `pair_up` start from."""
     ledger = Ledger(on_bad)
-    return by_prompt(rows(path, ledger, format="candidates", root=root)), ledger
+    return by_prompt(itertools.islice(rows(path, ledger, format="candidates", root=root), limit)), ledger
 
 
 def _scored(candidates: Iterator[Candidate]) -> Iterator[Candidate]:

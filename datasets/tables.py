@@ -144,9 +144,12 @@ def _width(row: dict[Any, Any], reader: csv.DictReader[str]) -> BadField:
 def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:
     """Write rows as one parquet file, replaced as a whole, BATCH rows a group (each group has a header); returns how many."""
     partial, count, iterator = path.with_name(path.name + ".partial"), 0, iter(rows)
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        while group := list(itertools.islice(iterator, BATCH)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
-            count += len(group)
-    os.replace(partial, path)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            while group := list(itertools.islice(iterator, BATCH)):
+                writer.write_table(pa.Table.from_pylist(group, schema))
+                count += len(group)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # still there only when something was raised
     return count

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, rows
+from mmpo.datasets.pairing import digest
 from mmpo.errors import DataError
 
 
@@ -53,7 +54,7 @@ def validate(path: str | Path, format: str | None = None, root: str | Path | Non
         report.format = format or detect(path)
         for item in rows(path, report.ledger, format=report.format, root=root):
             report.pairs += 1
-            prompts.update(b.digest for b in item.prompt)
+            prompts.add(digest(*item.prompt))
     except DataError as error:
         report.fatal = str(error)
     report.prompts = len(prompts)

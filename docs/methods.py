@@ -24,7 +24,7 @@ often a recipe: a loss, a way to draw, and its hyper-parameters.
 def methods() -> str:
     """The whole page."""
     losses = "\n".join(loss_row(path) for path in sorted((ROOT / "mmpo" / "losses").glob("*.py")))
-    recipes = "\n".join(recipe_row(path) for path in sorted((ROOT / "configs").glob("*.yaml"))) or "| none yet | | |"
+    recipes = "\n".join(recipe_row(path) for path in sorted((ROOT / "configs").glob("*.yaml")))
     return (
         f"{HEADER}\n## Losses\n\n| name | what it does | paper | equation | needs | recipes | tests |\n"
         f"|---|---|---|---|---|---|---|\n{losses}\n\n"
@@ -37,7 +37,7 @@ def loss_row(path: Path) -> str:
     name, tree = path.stem, ast.parse(path.read_text(encoding="utf-8"))
     summary = (ast.get_docstring(tree) or "").split("\n")[0].rstrip(".")
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    recipes = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if name in recipe_losses(p) or p.stem == name]
+    recipes = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if name in recipe_losses(p)]
     cells = [
         link(name, path),
         summary,
@@ -54,22 +54,21 @@ def recipe_row(path: Path) -> str:
     """One recipe: its losses and the first sentence of the comment at its head."""
     head = [line[1:].strip() for line in path.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if line.startswith("#")]
     words = re.split(r"(?<=[.:])\s", " ".join(head))[0].rstrip(".:")
-    return (
-        f"| {link(path.stem, path)} | {', '.join(recipe_losses(path)) or 'as its base'} | {words.replace('|', chr(92) + '|')} |"
-    )
+    return f"| {link(path.stem, path)} | {', '.join(recipe_losses(path))} | {words.replace('|', chr(92) + '|')} |"
 
 
 def recipe_losses(path: Path) -> list[str]:
-    """The losses a recipe names, in order."""
-    terms = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("objective") or []
-    return [str(term["loss"]) for term in terms]
+    """The losses a recipe names, in order, or those of its base."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "objective" not in recipe:
+        return recipe_losses(path.with_name(f"{recipe['base']}.yaml"))
+    return [str(term["loss"]) for term in recipe["objective"]]
 
 
 def tests_of(name: str) -> list[Path]:
     """The test files of the losses that name this one."""
-    files = sorted({*(ROOT / "tests").glob("losses/test_*.py"), *(ROOT / "tests").glob("test_loss*.py")})
-    own = [p for p in files if p.stem == f"test_{name}"]
-    return own or [p for p in files if re.search(rf"\b{name}\b", p.read_text(encoding="utf-8"))]
+    files = sorted((ROOT / "tests" / "losses").glob("test_*.py"))
+    return [p for p in files if re.search(rf"\b{name}\b", p.read_text(encoding="utf-8"))]
 
 
 def paper(source: str) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, distributed
 
 NAME = re.compile(r"step-(\d{6,})\.([0-9a-f]{12})")
 GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -153,10 +153,8 @@ def _check_arguments(step: int, tensors: Mapping[str, object], keep: int) -> Non
 
 
 def _json(value: Any) -> bytes:
-    try:
-        return json.dumps(
-            value, indent=1, sort_keys=True
-        ).encode()  # a best metric of -inf comes back as that: only we read this
+    try:  # infinities stay as they are, beyond the standard: only `_load` reads this
+        return json.dumps(value, indent=1, sort_keys=True).encode()
     except TypeError as error:
         raise ValueError(f"checkpoint: JSON cannot hold the meta ({error}); tensors go into a tensor group") from error
 
@@ -219,10 +217,18 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def environment() -> dict[str, str | int]:
-    """What bit-exactness depends on besides the code and data: package versions, CPU threads, devices."""
+    """What bit-exactness depends on besides the code and data: package versions, CPU threads, processes, devices."""
     versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build: +cpu, +cu130
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {**versions, "threads": torch.get_num_threads(), "machine": os.uname().machine, "devices": ", ".join(gpus) or "cpu"}
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    counts = {"threads": torch.get_num_threads(), "processes": processes}
+    return {**versions, **counts, "machine": os.uname().machine, "devices": ", ".join(gpus) or "cpu"}
+
+
+def changes(written: Mapping[str, str | int]) -> list[str]:
+    """How this environment differs from the one a checkpoint was written in: ["threads 1, now 2", ...]."""
+    here = environment()
+    return [f"{k} {written.get(k, 'unknown')}, now {v}" for k, v in here.items() if written.get(k) != v]
 
 
 def _version(package: str) -> str:

@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Preference alignment for generative models of every modality.",
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check preference data.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and convert preference data.")
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe may say, and what one says.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
@@ -79,6 +79,23 @@ def data_validate(path: DataPath, format: Format = None, root: Root = None) -> i
     return DATA if report.bad else OK
 
 
+@data_app.command("convert")
+def data_convert(
+    path: DataPath,
+    to: Annotated[str, typer.Option(help="format to write: pick_a_pic or candidates")],
+    out: Annotated[Path, typer.Option(help="parquet file to write")],
+    source: Annotated[str | None, typer.Option("--from", help="format to read; default: recognised from the columns")] = None,
+    root: Root = None,
+    ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
+    on_bad: Annotated[str, typer.Option(help="bad rows: refuse, or skip and count them")] = "refuse",
+) -> None:
+    """Write a dataset as one file of another format, its pictures inside, and account for every row."""
+    from mmpo.datasets.convert import convert
+
+    count, ledger = convert(path, to, out, format=source, root=root, ties=ties, on_bad=on_bad)  # type: ignore[arg-type]
+    print(f"{out}: {count} rows of format {to}\n{ledger}")
+
+
 @app.command()
 def sample(
     run: RunFolder,
@@ -117,7 +134,8 @@ def export_run(
 def make_base(
     modality: Annotated[str, typer.Argument(help="what is generated")],
     out: Annotated[Path, typer.Option(help="folder for the model")],
-    steps: Annotated[int | None, typer.Option(help="optimizer steps of the denoiser")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of the denoiser on clean pictures")] = None,
+    scraped_steps: Annotated[int | None, typer.Option(help="and then on pictures with specks")] = None,
     vae_steps: Annotated[int | None, typer.Option(help="optimizer steps of the autoencoder")] = None,
     pictures: Annotated[int | None, typer.Option(help="pictures the denoiser learns from")] = None,
     prompts: Annotated[int | None, typer.Option(help="prompts that it samples candidates for")] = None,
@@ -130,7 +148,8 @@ def make_base(
         raise RecipeError(f"no base to make for '{modality}' (there are: {', '.join(makers)}){find.nearest(modality, makers)}")
     from importlib import import_module
 
-    budget = {"steps": steps, "vae_steps": vae_steps, "pictures": pictures, "prompts": prompts, "candidates": candidates}
+    budget = {"steps": steps, "scraped_steps": scraped_steps, "vae_steps": vae_steps}
+    budget |= {"pictures": pictures, "prompts": prompts, "candidates": candidates}
     given = {name: value for name, value in budget.items() if value is not None}
     import_module(f"mmpo.datasets.worlds.{makers[modality]}").make(out, seed=seed, **given)
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 Record = Mapping[str, Any]
 Series = tuple[np.ndarray, np.ndarray]  # steps and values, each (N,)
 
-POINTS = 100  # points per training curve; more are averaged in groups, and the caption says so
+POINTS = 40  # points per curve; more are averaged in groups, and the caption says so
 
 # Placeholder colours for matplotlib; the page's CSS variables take their place in the SVG.
 INK, RULE, BLUE, ORANGE, GREEN, PURPLE = (f"#00000{i}" for i in range(1, 7))
@@ -58,16 +58,45 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A drawing of training metrics. lines: (key, label, colour). rest: level of the dashed line, where nothing was learnt."""
+    """A drawing of metrics. lines: (key, label, colour). rest: level of the dashed line, where nothing was learnt.
+
+    event: the records that hold them. points: as POINTS, for this panel.
+    """
 
     name: str
     title: str
     caption: str
     lines: tuple[tuple[str, str, str], ...]
-    rest: float
+    rest: float | None
+    event: str = "train"
+    points: int = POINTS
 
 
-TRAINING = (
+PANELS = (
+    Panel(
+        "margin",
+        "Margin on held-out pairs",
+        "By how many nats the chosen side has gained on the rejected one, against the reference. Dashed: nothing was learnt.",
+        (("eval/margin", "margin", BLUE),),
+        0.0,
+        "eval",
+    ),
+    Panel(
+        "drift",
+        "Drift on held-out pairs",
+        "How far each side fell below the reference, in nats. When both rise by more than the margin, both are being unlearnt.",
+        (("eval/drift_chosen", "chosen", GREEN), ("eval/drift_rejected", "rejected", ORANGE)),
+        0.0,
+        "eval",
+    ),
+    Panel(
+        "diversity",
+        "Diversity",
+        "Mean distance between generations of one prompt under different seeds. When it falls, they are growing alike.",
+        (("eval/diversity", "diversity", PURPLE),),
+        None,
+        "eval",
+    ),
     Panel(
         "loss", "Loss", "Dashed: log 2, where a DPO policy agrees with its reference.", (("loss", "loss", BLUE),), math.log(2)
     ),
@@ -76,13 +105,6 @@ TRAINING = (
         "Rewards",
         "Implicit rewards. A healthy run pulls the two sides apart; when both fall, the model moves away from its own data.",
         (("rewards/chosen", "chosen", GREEN), ("rewards/rejected", "rejected", ORANGE)),
-        0.0,
-    ),
-    Panel(
-        "displacement",
-        "Displacement",
-        "How far each side fell below the reference, in nats. Above zero, the chosen answers have become less likely.",
-        (("displacement/chosen", "chosen", GREEN), ("displacement/rejected", "rejected", ORANGE)),
         0.0,
     ),
     Panel(
@@ -98,17 +120,16 @@ TRAINING = (
         "The same by quarter of the noise schedule, from nearly clean (t0) to nearly noise (t3). Dashed: chance.",
         tuple((f"t{i}/accuracies", f"t{i}", colour) for i, colour in enumerate((GREEN, BLUE, PURPLE, ORANGE))),
         0.5,
+        points=12,  # a step holds only a few pairs of each quarter
     ),
 )
 
 
 def curves(records: Sequence[Record], summary: Record) -> list[Curve]:
     """Every drawing the log has data for, in the order of the page."""
-    group = math.ceil(sum(r.get("event") == "train" for r in records) / POINTS)
-    note = f" Each point is the mean of {group} logged steps." if group > 1 else ""
     with mpl.rc_context(STYLE):
         drawn = [over_optimisation(records, summary), win_rate(records, summary)]
-        drawn += [training(records, panel, note) for panel in TRAINING]
+        drawn += [draw(records, panel) for panel in PANELS]
     return [curve for curve in drawn if curve is not None]
 
 
@@ -134,8 +155,8 @@ def over_optimisation(records: Sequence[Record], summary: Record) -> Curve | Non
 
 
 def win_rate(records: Sequence[Record], summary: Record) -> Curve | None:
-    """Win rate over the base with its interval, and diversity, at every evaluation."""
-    rate, diversity = series(records, "eval", "eval/win_rate"), series(records, "eval", "eval/diversity")
+    """Win rate over the base with its interval, at every evaluation."""
+    rate = series(records, "eval", "eval/win_rate")
     if not len(rate[0]):
         return None
     low, high = series(records, "eval", "eval/win_low"), series(records, "eval", "eval/win_high")
@@ -143,29 +164,29 @@ def win_rate(records: Sequence[Record], summary: Record) -> Curve | None:
     axes.axhline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     if len(low[0]) == len(high[0]) == len(rate[0]):
         axes.fill_between(low[0], low[1], high[1], color=BLUE, alpha=0.18, linewidth=0)
-    axes.plot(*rate, color=BLUE, marker="o", label="win rate")
-    caption = "Share of comparisons with the base won, with its 95 % interval; the dashed line is a draw."
-    if len(diversity[0]):
-        axes.plot(*diversity, color=PURPLE, marker="s", label="diversity")
-        caption += " Diversity that falls means that the generations are growing alike."
+    axes.plot(*rate, color=BLUE, marker="o")
+    caption = "Share of comparisons with the base won, with its 95 % interval; the dashed line is a draw. These prompts choose "
+    caption += "the checkpoint; the verdict comes from others."
     caption += _mark_best(axes, summary)
-    _legend(axes)
-    return Curve("wins", "Win rate over the base", caption, _svg(figure, "wins", "Win rate and diversity over training steps"))
+    return Curve("wins", "Win rate over the base", caption, _svg(figure, "wins", "Win rate over training steps"))
 
 
-def training(records: Sequence[Record], panel: Panel, note: str) -> Curve | None:
-    """One panel of training metrics over steps, or None when the log has none of them."""
-    data = [(label, colour, series(records, "train", key)) for key, label, colour in panel.lines]
+def draw(records: Sequence[Record], panel: Panel) -> Curve | None:
+    """One panel over steps, or None when the log has none of its metrics."""
+    data = [(label, colour, series(records, panel.event, key)) for key, label, colour in panel.lines]
     data = [(label, colour, points) for label, colour, points in data if len(points[0])]
     if not data:
         return None
     figure, axes = _frame()
-    axes.axhline(panel.rest, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    if panel.rest is not None:
+        axes.axhline(panel.rest, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     for label, colour, points in data:
-        axes.plot(*thin(points), color=colour, label=label)
+        axes.plot(*thin(points, panel.points), color=colour, label=label, marker="o" if panel.event == "eval" else None)
     if len(data) > 1:
         _legend(axes)
-    return Curve(panel.name, panel.title, panel.caption + note, _svg(figure, panel.name, f"{panel.title} over training steps"))
+    group = group_size(max(len(points[0]) for _, _, points in data), panel.points)
+    caption = panel.caption + (f" Each point is the mean of {group} logged steps." if group > 1 else "")
+    return Curve(panel.name, panel.title, caption, _svg(figure, panel.name, f"{panel.title} over training steps"))
 
 
 def series(records: Iterable[Record], event: str, key: str) -> Series:
@@ -175,10 +196,16 @@ def series(records: Iterable[Record], event: str, key: str) -> Series:
     return np.asarray(steps, float), np.asarray(values, float)
 
 
-def thin(points: Series) -> Series:
-    """Means over equal groups of neighbours, at most POINTS of them."""
+def group_size(count: int, limit: int) -> int:
+    """How many neighbours one point stands for, so that there are at most `limit` points."""
+    return max(1, math.ceil(count / limit))
+
+
+def thin(points: Series, limit: int = POINTS) -> Series:
+    """Means over groups of neighbours of one size, the last one possibly smaller: at most `limit` of them."""
     steps, values = points
-    groups = np.array_split(np.arange(len(steps)), min(len(steps), POINTS)) if len(steps) else []
+    size = group_size(len(steps), limit)
+    groups = [slice(i, i + size) for i in range(0, len(steps), size)]
     return np.array([steps[g].mean() for g in groups]), np.array([values[g].mean() for g in groups])
 
 

@@ -7,7 +7,7 @@ at the end, with seeds of its own, and is what the summary reports.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from mmpo import reference as references
-from mmpo.judging import JudgeResult
+from mmpo.judging import Judge
 from mmpo.modality import DrawKey, Modality
 from mmpo.objective import accuracy
 from mmpo.pair import Block, Pair
 
 BUCKETS = 4
-Judge = Callable[[Sequence[tuple[Block, ...]], Sequence[tuple[Block, ...]]], JudgeResult]
 
 
 @dataclass(frozen=True)

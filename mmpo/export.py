@@ -92,7 +92,12 @@ def evaluate(run: Path) -> None:
     spec, judge = resolved.recipe, make_judge(resolved.recipe, modality, modality.device)
     data = prepare(spec, str(modality.embedded_data), judge)
     build_objective(resolved)
-    found: dict[str, Any] = {"pairs": evaluate_pairs(modality, modality.model, start, data.heldout, spec.seed, spec.eval.draws)}
+    kind = spec.reference.kind
+    reference: references.Reference | None = start
+    if kind == "none" or (spec.train.rounds == 1 and kind in ("path", "adapter_off")):  # none, or not the policy's start
+        reference = references.build(spec.reference, modality, modality.model)
+    pairs = evaluate_pairs(modality, modality.model, reference, data.heldout, spec.seed, spec.eval.draws)
+    found: dict[str, Any] = {"pairs": pairs}
     if judge:
         test = trials(data.test or data.select, spec.eval.test_seeds, "test", spec.seed)
         with start.active(modality.model) as module:

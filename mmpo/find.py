@@ -58,7 +58,9 @@ def model_config(modality: str) -> Any:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """ "; did you mean 'x'?", or nothing when no choice is close."""
-    close = difflib.get_close_matches(word, list(choices), n=2, cutoff=0.6)
+    known = list(choices)
+    swapped = [c for c in known if sorted(c) == sorted(word)]  # rl for lr: to difflib they share but one letter
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6) or swapped
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -81,10 +81,14 @@ def batches(
         yield prompts[start : start + size], answers[start : start + size]
 
 
-def existing(path: str | Path | None, judge: str, expected: str) -> Path:
-    """The local weights of a judge. Raises ValueError that says what belongs there when they are not given or missing."""
+def existing(path: str | Path | None, judge: str, expected: str, setting: str = "path") -> Path:
+    """The local weights of a judge. Raises ValueError that says what belongs there when they are not given or missing.
+
+    setting: the judge's argument that names them; those of `path` can be downloaded as well.
+    """
     if path is None:
-        raise ValueError(f"judge {judge}: no weights; set path to {expected}, or allow_download=true")
+        advice = ", or allow_download=true" if setting == "path" else ""
+        raise ValueError(f"judge {judge}: no weights; set {setting} to {expected}{advice}")
     if not Path(path).exists():
         raise ValueError(f"judge {judge}: {path} does not exist; expected {expected}")
     return Path(path)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from mmpo import checkpoint, evaluate
@@ -23,8 +24,9 @@ from mmpo import reference as references
 from mmpo.cache import Cache
 from mmpo.diagnosis import diagnose
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
-from mmpo.evaluate import Judge, Samples
+from mmpo.evaluate import Samples
 from mmpo.find import find
+from mmpo.judging import Judge
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, prepare
@@ -57,7 +59,7 @@ def run(resolved: Resolved) -> int:
         objective = build_objective(resolved)
         adapter = find("modalities", recipe.modality)
         objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
-        torch.manual_seed(recipe.seed)
+        set_seed(recipe.seed)  # python, numpy and torch
         current = build(recipe, folder, objective)
         if not resume(current[0]):
             _begin(*current)
@@ -99,8 +101,9 @@ def build(recipe: Recipe, folder: Path, objective: Objective) -> tuple[Run, Prep
         reference = Cached(reference, Cache(_cache_file(recipe, folder, "reference")), modality.model)
     if not trainable(modality.model):
         raise RunFailed("the model has no trainable parameter: set model.adapter: full, or lora targets that exist in it")
-    keeps_start = reference is not None and reference.fixed and recipe.reference.kind != "path" and recipe.train.rounds == 1
-    start = None if keeps_start else Values(modality.model)
+    kind, own_adapter = recipe.reference.kind, modality.starts_from_adapter
+    is_start = recipe.train.rounds == 1 and (kind == "start" or (kind == "adapter_off" and not own_adapter))
+    start = None if is_start else Values(modality.model)
     model, optimizer = accelerator.prepare(modality.model, make_optimizer(recipe, modality.model))
     select = evaluate.trials(data.select, recipe.eval.seeds, "select", recipe.seed)
     parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
@@ -134,8 +137,11 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
     spec, parameters = recipe.train, list(trainable(model).values())
     if spec.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
-    if spec.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
+    if spec.optimizer == "adafactor":  # torch's own scales lr by each parameter's size, which the published recipes turn off
+        from transformers.optimization import Adafactor
+
+        fixed = {"scale_parameter": False, "relative_step": False}
+        return Adafactor(parameters, lr=spec.lr, weight_decay=spec.weight_decay, **fixed)
     return torch.optim.SGD(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
 
 
@@ -171,9 +177,12 @@ def _default_folder(resolved: Resolved) -> str:
 
 
 def _claim(folder: Path, resolved: Resolved) -> None:
-    """Write the resolved recipe; refuse a folder whose run was started from another one."""
+    """Write the resolved recipe; refuse a folder whose run was started from another one.
+
+    Before its first checkpoint there is nothing to lose: a recipe that turned out wrong is corrected in the same folder.
+    """
     path, mine = folder / "recipe.yaml", resolved.recipe.model_dump(mode="json")
-    if path.exists():
+    if path.exists() and (folder / "checkpoints").exists():
         theirs = yaml.safe_load(path.read_text())
         changed = [k for k in _changed(theirs, mine) if k.split(".")[0] != "out" and k not in resolved.allow_drift]
         if changed:
@@ -197,7 +206,9 @@ def _begin(run: Run, data: Prepared) -> None:
     whole = sum(p.numel() for p in run.model.parameters())
     sizes = f"{len(run.pairs)} pairs to train on, {len(run.heldout)} held out; {count:,} of {whole:,} parameters train"
     say(run, f"{run.recipe.modality}: {sizes}")
-    betas = [float(term.options["beta"]) for term in run.objective.terms if "beta" in term.options]
+    for line in run.objective.unread(run.pairs):
+        say(run, f"  note: {line}")
+    betas = [term.beta for term in run.objective.terms if term.beta is not None]
     entry = {
         "event": "start",
         "pairs": len(run.pairs),
@@ -220,8 +231,8 @@ def self_check(run: Run) -> None:
     with torch.no_grad():
         result, _, pairs = forward(run, 0, 0)
     for term in run.objective.terms:
-        if "beta" in term.options:
-            say(run, f"  {term.name}: {run.modality.describe(float(term.options['beta']))}")
+        if term.beta is not None:
+            say(run, f"  {term.name}: {run.modality.describe(term.beta)}")
     margin = result.metrics.get("rewards/margins")
     same = run.recipe.reference.kind in ("start", "adapter_off", "ema") and not (
         run.recipe.reference.kind == "adapter_off" and run.modality.starts_from_adapter
@@ -263,7 +274,7 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
     test = evaluate.trials(data.test or data.select, run.recipe.eval.test_seeds, "test", run.recipe.seed)
     spec = run.recipe.eval
     found = (
-        evaluate.evaluate_pairs(run.modality, run.model, run.reference, run.heldout, run.recipe.seed, spec.draws)
+        evaluate.evaluate_pairs(run.modality, run.model, first_reference(run), run.heldout, run.recipe.seed, spec.draws)
         if run.heldout
         else {}
     )
@@ -298,6 +309,12 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
     page = write_report(run.folder)
     made = {"report": page, "export": run.folder / "export", "summary": run.folder / "summary.json"}
     print("\n".join(["", summary["verdict"], *(f"  {name:<8} {path}" for name, path in made.items())]))
+
+
+def first_reference(run: Run) -> Any:
+    """The reference as it was at the start: a moving average, or a later round's, has followed the policy since."""
+    moved = run.recipe.reference.kind == "ema" or run.recipe.train.rounds > 1
+    return run.start if moved and run.reference is not None else run.reference
 
 
 def base_weights(run: Run) -> Any:

@@ -1,8 +1,8 @@
 """The one door where images are opened.
 
 Datasets come from strangers. A name inside one may only lead to a regular file under the dataset's root; bytes may only be
-one of five formats, at most 25 megapixels, one frame, 8 bits a channel, and whole: a damaged file is an error and never a
-grey half picture. What comes out is upright (EXIF orientation applied) RGB.
+one of five formats, at most 25 megapixels, one frame, and whole: a damaged file is an error and never a grey half picture.
+What comes out is upright (EXIF orientation applied) RGB of 8 bits a channel.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def open_image(source: Block | bytes | Pixels) -> Image.Image:
     """Decode one still image to an upright RGB PIL image.
 
     source: an image Block, the bytes of a file, or an array (H, W, 3) uint8. Transparency is dropped, CMYK and palettes
-    are converted. Raises DataError naming what is wrong when the bytes are another format, damaged or cut short, animated,
-    over 25 megapixels, or have more than 8 bits a channel.
+    are converted, colours of 16 bits are cut to 8. Raises DataError naming what is wrong when the bytes are another format,
+    damaged or cut short, animated, over 25 megapixels, or greyscale of more than 8 bits, which would be clipped.
     """
     data = source.data if isinstance(source, Block) else source
     origin = f"image {source.path!r}" if isinstance(source, Block) and source.path else "image"

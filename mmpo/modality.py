@@ -65,6 +65,9 @@ class Modality(Protocol):
     def check_export(self, model: nn.Module, folder: Path, merge: bool = False) -> tuple[float, float, float]:
         """Reload an export by that library: largest difference from the policy, from the base, and the output's size."""
 
+    def how_to_load(self, folder: Path, merge: bool = False) -> str:
+        """The lines of Python that load an export by that library, printed beneath it."""
+
     def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
         """Files and one picture that a person can look at: base beside aligned."""
 

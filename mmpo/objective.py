@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,17 @@ from mmpo.pair import Pair
 from mmpo.scores import Losses, Scores, Side
 
 POOLED = "completion"  # a loss with this role reads desirable and undesirable answers alike, as one list
+NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Rows:
     """What the data says about each pair of a batch; tensors (B,)."""
 
-    ids: tuple[str, ...]
     weight: Tensor
     margin: Tensor
     label: Tensor
-    scores: Mapping[str, Tensor]  # judge scores by branch, 0 where not scored
+    scores: Mapping[str, Tensor]  # judge scores by branch, NaN where not scored
 
 
 def rows_of(pairs: Sequence[Pair], device: torch.device | str) -> Rows:
@@ -42,17 +42,19 @@ def rows_of(pairs: Sequence[Pair], device: torch.device | str) -> Rows:
 
     scored = dict.fromkeys(branch for p in pairs for branch in p.scores)
     return Rows(
-        tuple(p.id for p in pairs),
         column([p.weight for p in pairs]),
         column([p.margin for p in pairs]),
         column([p.label for p in pairs]),
-        {branch: column([p.scores.get(branch, 0.0) for p in pairs]) for branch in scored},
+        {branch: column([p.scores.get(branch, torch.nan) for p in pairs]) for branch in scored},
     )
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss over branches. `of` names the branch that each of the loss's roles reads."""
+    """One loss over branches. `of` names the branch that each of the loss's roles reads.
+
+    needs, reads: what the loss's file declares: extras it cannot do without, and fields of the row that it takes notice of.
+    """
 
     name: str
     loss: Callable[..., Losses]
@@ -61,8 +63,14 @@ class Term:
     weight: float = 1.0
     reduce: str = "sum"
     link: str = "reverse_kl"
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[str] = NOTHING
+    reads: frozenset[str] = NOTHING
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def beta(self) -> float | None:
+        """The loss's beta, per nat; None for a loss that has none, or that weighs errors by it (MaPO)."""
+        return float(self.options["beta"]) if "beta" in self.options and "err" not in self.needs else None
 
 
 @dataclass
@@ -84,7 +92,9 @@ def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
             f"objective: loss {loss} reads {', '.join(roles)}; of: names {len(branches)} branches, {list(branches)}"
         )
     slots = {k: spec.pop(k) for k in ("weight", "reduce", "link") if k in spec}
-    return Term(loss, function, roles, branches, needs=sys.modules[function.__module__].NEEDS, options=spec, **slots)
+    declared = vars(sys.modules[function.__module__])
+    needs, reads = declared.get("NEEDS", NOTHING), declared.get("READS", NOTHING)
+    return Term(loss, function, roles, branches, needs=needs, reads=reads, options=spec, **slots)
 
 
 class Objective:
@@ -101,8 +111,19 @@ class Objective:
 
     @property
     def needs_pairs(self) -> bool:
-        """True when some loss reads two sides of one row at once, so that unpaired rows cannot train it."""
+        """True when some loss reads a side by name, which an unpaired row may lack; pooled losses take what there is."""
         return any(term.roles != (POOLED,) for term in self.terms)
+
+    def unread(self, pairs: Sequence[Pair]) -> list[str]:
+        """What the rows say and no loss listens to, one line per field: a setting that is ignored is never silent."""
+        reads = {name for term in self.terms for name in term.reads}
+        set_in = {"label": sum(p.label != 1 for p in pairs), "margin": sum(p.margin != 0 for p in pairs)}
+        losses = ", ".join(term.name for term in self.terms)
+        return [
+            f"{count} of {len(pairs)} rows have a {name} of their own, which no loss reads ({losses})"
+            for name, count in set_in.items()
+            if count and name not in reads
+        ]
 
     def check(self, provides: frozenset[str], branches: Sequence[str], has_reference: bool) -> None:
         """Raise ValueError, naming the term, when the modality or the reference lacks something a loss needs."""
@@ -138,20 +159,18 @@ class Objective:
 
 
 def _side(name: str, policy: Scores, reference: Scores | None, rows: Rows, term: Term) -> Side:
-    """One branch reduced over its units. Desirable and undesirable are told apart by the branch's name."""
-    present = policy.mask.any(-1)
-    good = 0.0 if name.startswith("rejected") else 1.0
-    label = torch.full_like(rows.label, good) if term.roles == (POOLED,) else rows.label
+    """One branch reduced over its units. A pooled loss tells desirable from undesirable by the branch's name and the label."""
+    undesirable = term.roles == (POOLED,) and name.startswith("rejected")
     return Side(
         logp=_reduce(policy.logp, policy.mask, term.reduce),
         ref=None if reference is None else _reduce(reference.logp, policy.mask, term.reduce).detach(),
         length=policy.mask.sum(-1).float() if term.reduce == "sum" else torch.ones_like(rows.weight),
-        present=present,
+        present=policy.mask.any(-1),
         weight=rows.weight,
         margin=rows.margin,
-        label=label,
-        score=rows.scores.get(name, torch.zeros_like(rows.weight)),
-        extras={k: _reduce(v, policy.mask, "mean") for k, v in policy.extras.items()},
+        label=1 - rows.label if undesirable else rows.label,
+        score=rows.scores.get(name, torch.full_like(rows.weight, torch.nan)),
+        extras={k: v if v.ndim == 1 else _reduce(v, policy.mask, "mean") for k, v in policy.extras.items()},
         link=term.link,
     )
 
@@ -162,21 +181,11 @@ def _reduce(units: Tensor, mask: Tensor, how: str) -> Tensor:
 
 
 def _pool(sides: list[Side]) -> Side:
-    def cat(pick: Callable[[Side], Tensor]) -> Tensor:
-        return torch.cat([pick(s) for s in sides])
-
-    return Side(
-        logp=cat(lambda s: s.logp),
-        ref=None if sides[0].ref is None else cat(lambda s: s.ref),  # type: ignore[arg-type, return-value]
-        length=cat(lambda s: s.length),
-        present=cat(lambda s: s.present),
-        weight=cat(lambda s: s.weight),
-        margin=cat(lambda s: s.margin),
-        label=cat(lambda s: s.label),
-        score=cat(lambda s: s.score),
-        extras={k: torch.cat([s.extras[k] for s in sides]) for k in sides[0].extras},
-        link=sides[0].link,
-    )
+    """The sides as one list of (sides * B,) rows."""
+    first = sides[0]
+    names = [f.name for f in fields(Side) if isinstance(getattr(first, f.name), Tensor)]
+    pooled: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in sides]) for name in names}
+    return replace(first, **pooled, extras={k: torch.cat([s.extras[k] for s in sides]) for k in first.extras})
 
 
 def _unpool(losses: Losses, sides: list[Side]) -> Losses:

@@ -12,7 +12,7 @@ from typing import Any
 from mmpo.datasets.load import detect, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.errors import DataError
-from mmpo.evaluate import Judge
+from mmpo.judging import Judge
 from mmpo.pair import Block, Pair
 from mmpo.schema import Recipe
 
@@ -37,8 +37,8 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     spec = recipe.data
     dropped: dict[str, int] = {}
     if (spec.format or detect(path)) == "candidates":
-        groups, ledger = load_candidates(path, root=spec.root, on_bad=spec.on_bad)
-        pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group][: spec.limit], judge)
+        groups, ledger = load_candidates(path, root=spec.root, on_bad=spec.on_bad, limit=spec.limit)
+        pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)
     else:
         pairs, ledger = load(path, format=spec.format, root=spec.root, ties=spec.ties, on_bad=spec.on_bad, limit=spec.limit)
     train = [p for p in pairs if not is_heldout(p.prompt, spec.heldout)]

@@ -118,6 +118,13 @@ def build(config: Any, modality: Modality, model: nn.Module) -> Reference | None
     return AdapterOff() if has_adapter else Frozen(copy.deepcopy(model))
 
 
+def anew(config: Any, model: nn.Module) -> Values | None:
+    """The reference of a later round: the policy as it is now, moving on where the recipe's reference moves."""
+    if config.kind == "none":
+        return None
+    return Values(model, config.ema_decay, config.ema_every) if config.kind == "ema" else Values(model)
+
+
 @torch.no_grad()
 def score(reference: Reference | None, modality: Modality, model: nn.Module, batch: Any) -> dict[str, Scores] | None:
     """The reference's scores of a batch, or None without a reference."""

@@ -1,8 +1,8 @@
 """The run report: one self-contained HTML page that says what a run changed, and how far to trust it.
 
-It only reads the run folder (log.jsonl, summary.json, samples/, recipe.yaml), so it can be written again at any time and
-from a run that is still going: whatever is missing is left out of the page and named there. Pictures and curves are
-inlined; the page asks nothing of the network, runs no script, and the same folder gives the same bytes.
+It only reads the run folder (log.jsonl, summary.json, samples/, recipe.yaml, a checkpoint's manifest), so it can be written
+again at any time and from a run that is still going: whatever is missing is left out of the page and named there. Pictures
+and curves are inlined; the page asks nothing of the network, runs no script, and the same folder gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ import base64
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from mmpo.curves import Record, curves, is_number
 
-GALLERY = 24  # picture pairs shown; the page says how many there are
+GALLERY = 12  # picture pairs shown; the page says how many there are
 
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from what the run folder holds, and return its path.
 
-    Reads log.jsonl, summary.json, recipe.yaml and samples/ (sheet.png, base/*.png and aligned/*.png with the same
-    names); each may be missing. Raises ValueError when summary.json is not a JSON object.
+    Reads log.jsonl, summary.json, recipe.yaml, samples/ (sheet.png, base/*.png and aligned/*.png with the same names)
+    and the environment in the newest checkpoint's manifest; each may be missing. Raises ValueError when summary.json is
+    not a JSON object.
     """
     summary = read_summary(run / "summary.json")
     records, unreadable = read_log(run / "log.jsonl")
-    recipe = run / "recipe.yaml"
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else None
     gallery, total = picture_pairs(run / "samples", summary)
     sheet = run / "samples" / "sheet.png"
     page = template().render(
@@ -43,8 +46,9 @@ def write_report(run: Path) -> Path:
         pictures=total,
         sheet=data_uri(sheet) if sheet.is_file() else None,
         timesteps=timestep_rows(summary, records),
+        provenance=provenance_rows(summary, yaml.safe_load(recipe or "{}"), environment(run / "checkpoints")),
         ledger=ledger_rows(summary, records, unreadable),
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        recipe=recipe,
     )
     target = run / "report.html"
     part = run / ".report.html.part"
@@ -56,7 +60,7 @@ def write_report(run: Path) -> Path:
 def template() -> jinja2.Template:
     """The page's template, with autoescape: prompts are other people's text."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "percent": percent, "duration": duration}
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "sentence": sentence}
     return environment.from_string((resources.files("mmpo") / "report.html.j2").read_text(encoding="utf-8"))
 
 
@@ -90,6 +94,13 @@ def read_log(path: Path) -> tuple[list[Record], int]:
     return records, unreadable
 
 
+def environment(checkpoints: Path) -> dict[str, Any]:
+    """The packages and devices of the run, as its newest checkpoint names them; empty before the first one."""
+    newest = checkpoints / "CURRENT"
+    manifest = checkpoints / newest.read_text().strip() / "MANIFEST.json" if newest.is_file() else newest
+    return json.loads(manifest.read_text(encoding="utf-8"))["environment"] if manifest.is_file() else {}
+
+
 # Words and numbers
 
 
@@ -99,7 +110,13 @@ def number(value: Any, digits: int = 3) -> str:
         return "not measured" if value is None or isinstance(value, jinja2.Undefined) else str(value)
     if not math.isfinite(value):
         return "not finite"
-    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
+
+
+def sentence(words: Any) -> str:
+    """With a capital letter and a full stop."""
+    words = str(words)
+    return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
 
 
 def percent(value: Any) -> str:
@@ -116,15 +133,16 @@ def duration(seconds: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def headline(summary: Record) -> str:
-    """The verdict: the run's own words, else one sentence from its win rate."""
+def headline(summary: Record) -> tuple[str, str]:
+    """The verdict and the numbers behind it: the run's own words, cut at the first colon, else made from its win rate."""
     rate = summary.get("win_rate") or {}
     if summary.get("verdict"):
-        return str(summary["verdict"])
+        verdict, _, numbers = str(summary["verdict"]).partition(": ")
+        return sentence(verdict), sentence(numbers) if numbers else ""
     if rate.get("value") is None:
-        return "The run has not been judged yet."
-    interval = f" (95 % interval {percent(rate.get('low'))} to {percent(rate.get('high'))})"
-    return f"The aligned model wins {percent(rate['value'])} of {rate.get('n', '?')} comparisons with its base{interval}."
+        return "The run has not been judged yet.", ""
+    interval = f"95 % interval {percent(rate.get('low'))} to {percent(rate.get('high'))}."
+    return f"The aligned model wins {percent(rate['value'])} of {rate.get('n', '?')} comparisons with its base.", interval
 
 
 def score_rows(summary: Record) -> list[dict[str, Any]]:
@@ -134,7 +152,7 @@ def score_rows(summary: Record) -> list[dict[str, Any]]:
     rows = []
     for key in dict.fromkeys((*base, *aligned)):
         before, after = base.get(key), aligned.get(key)
-        change = f"{after - before:+.3f}" if is_number(before) and is_number(after) else ""
+        change = f"{after - before:+.3f}".replace("-", "\N{MINUS SIGN}") if is_number(before) and is_number(after) else ""
         rows.append({"name": names.get(key, key), "base": before, "aligned": after, "change": change})
     return rows
 
@@ -145,13 +163,41 @@ def timestep_rows(summary: Record, records: Sequence[Record]) -> Sequence[Record
     return summary.get("by_timestep") or (logged[-1] if logged else [])
 
 
+def provenance_rows(summary: Record, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What the run was made of: model, method, data and judge, seed, and the packages it ran on; unknown ones are left out."""
+    model, data, reference = (recipe.get(part) or {} for part in ("model", "data", "reference"))
+    seed = summary.get("seed", recipe.get("seed"))
+    rows = [
+        ("model", model.get("path")),
+        ("adapter", model.get("adapter")),
+        ("trainable parameters", (summary.get("parameters") or {}).get("trainable")),
+        ("objective", " + ".join(str(term.get("loss")) for term in recipe.get("objective") or ()) or None),
+        ("reference", reference.get("kind")),
+        ("data", data.get("path")),
+        ("judge", summary.get("judge")),
+        ("seed", None if seed is None else str(seed)),
+        ("steps refused, not finite", summary.get("skipped_steps")),
+        ("ran with", ", ".join(f"{name} {value}" for name, value in environment.items()) or None),
+    ]
+    return [(name, value) for name, value in rows if value is not None]
+
+
 def ledger_rows(summary: Record, records: Sequence[Record], unreadable: int) -> list[tuple[str, Any]]:
     """What went in and what became of it: pairs by split, rows by what happened to them, log lines."""
-    rows = [*flat("pairs", summary.get("pairs") or {}), *flat("", summary.get("data") or {})]
+    rows = [*flat("", summary.get("data") or {}), *flat("pairs", summary.get("pairs") or {})]
+    rows = [(LEDGER.get(name, name), value) for name, value in rows]
     rows.append(("log records", len(records)))
     if unreadable:
         rows.append(("log lines that could not be read and are not in the curves", unreadable))
     return rows
+
+
+LEDGER = {
+    "pairs": "pairs made",
+    "heldout": "of them held out",
+    "pairs, train": "pairs trained on",
+    "pairs, heldout": "held-out pairs measured",
+}
 
 
 def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -173,19 +219,20 @@ def data_uri(path: Path) -> str:
 
 
 def picture_pairs(samples: Path, summary: Record) -> tuple[list[dict[str, str]], int]:
-    """Base and aligned pictures of the same name, the first GALLERY of them with captions, and how many there are.
+    """Base and aligned pictures of the same name, GALLERY of them with captions, and how many there are.
 
-    Captions: `summary["prompts"]`, in the order of the file names or by file stem; else the file stem.
+    In the order of their names, but no prompt comes twice before every prompt has come once. Captions:
+    `summary["prompts"]`, in the order of the file names or by file stem; else the file stem.
     """
     names = sorted(p.name for p in (samples / "base").glob("*.png") if (samples / "aligned" / p.name).is_file())
     prompts = summary.get("prompts") or []
     by_stem = prompts if isinstance(prompts, Mapping) else dict(zip((Path(n).stem for n in names), prompts, strict=False))
-    shown = [
-        {
-            "prompt": str(by_stem.get(Path(name).stem, Path(name).stem)),
-            "base": data_uri(samples / "base" / name),
-            "aligned": data_uri(samples / "aligned" / name),
-        }
-        for name in names[:GALLERY]
-    ]
-    return shown, len(names)
+    captions = {name: str(by_stem.get(Path(name).stem, Path(name).stem)) for name in names}
+    counter: Counter[str] = Counter()
+    place = {}
+    for name, caption in captions.items():
+        place[name] = counter[caption]
+        counter[caption] += 1
+    shown = sorted(names, key=place.__getitem__)[:GALLERY]
+    sides = ("base", "aligned")
+    return [{"prompt": captions[n]} | {side: data_uri(samples / side / n) for side in sides} for n in shown], len(names)

@@ -17,7 +17,7 @@ from mmpo.datasets.load import load_candidates
 from mmpo.datasets.pairing import Candidate
 from mmpo.errors import RecipeError, RunFailed
 from mmpo.prepare import Prepared, Prompt, pair_candidates
-from mmpo.train import Run, load_best, save
+from mmpo.train import Run, load_best, save, say
 
 
 def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
@@ -42,16 +42,12 @@ def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
             f"round {number}: the judge told no two of the policy's own samples apart (dropped: {dropped}); "
             "raise train.round_candidates or train.round_prompts, or lower data.pairing.margin"
         )
-    print(f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped or 'none'}")
+    say(run, f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped or 'none'}")
 
 
 def _start_over(run: Run) -> None:
     """Reference, moving average and optimizer as at the start of a run, from the weights the policy has now."""
-    spec = run.recipe.reference
-    if spec.kind == "ema":
-        run.reference = references.Values(run.model, spec.ema_decay, spec.ema_every)
-    elif spec.kind != "none":
-        run.reference = references.Values(run.model)
+    run.reference = references.anew(run.recipe.reference, run.model)
     if run.recipe.train.ema:
         run.ema = references.Values(run.model, run.recipe.train.ema)
     run.optimizer.state.clear()

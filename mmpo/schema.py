@@ -79,7 +79,7 @@ class DataConfig(Section):
         default="refuse", description="bad rows stop the run, or are skipped, counted and listed"
     )
     prompt_dropout: Share = Field(default=0.0, description="probability that a pair is trained without its prompt")
-    limit: Count | None = Field(default=None, description="use only the first so many rows; null: all")
+    limit: Count | None = Field(default=None, description="use only the first so many pairs, or candidates; null: all")
     ties: Literal["drop", "soft"] = Field(default="drop", description="tied rows: leave out, or keep with label 0.5")
     cache: str | None = Field(default=None, description="folder for encoded media; null: inside the run")
 
@@ -174,7 +174,9 @@ class TrainConfig(Section):
     lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
     warmup: int = Field(default=0, ge=0, description="optimizer steps from 0 to the peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
-    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(default="adamw", description="optimizer")
+    optimizer: Literal["adamw", "adafactor", "sgd"] = Field(
+        default="adamw", description="optimizer; adafactor without relative steps or scaling by the parameter"
+    )
     betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="adamw: decay of the two moments")
     weight_decay: float = Field(default=1e-2, ge=0, description="decoupled weight decay, per unit of learning rate")
     eps: float = Field(default=1e-8, gt=0, description="adamw: added to the denominator")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mmpo.links import apply
+
 
 @dataclass
 class Scores:
@@ -29,8 +31,8 @@ class Side:
 
     logp: log-likelihood under the policy, with gradient. ref: under the reference, detached; None without a reference.
     length: number of units counted. present: false where the pair has no such side.
-    weight, margin, label, score: the row's own (see `Pair`); for the side of an unpaired loss `label` is 1 for
-    desirable and 0 for undesirable rows. extras: reduced extras of `Scores`.
+    weight, margin, label: the row's own (see `Pair`); for an unpaired loss `label` is the probability that this side is
+    desirable. score: a judge's score of this side, NaN where there is none. extras: reduced extras of `Scores`.
     """
 
     logp: Tensor
@@ -54,8 +56,6 @@ class Side:
     @property
     def ratio(self) -> Tensor:
         """The log-ratio through the objective's link (the identity for reverse KL), (B,)."""
-        from mmpo.links import apply
-
         return apply(self.link, self.log_ratio)
 
     @property
@@ -82,7 +82,7 @@ class Losses:
 def side(logp: Tensor, ref: Tensor | None = None, length: Tensor | None = None, **row: Tensor) -> Side:
     """A Side from bare numbers, with neutral defaults for everything else: for tests and for use as a library."""
     one = torch.ones_like(logp.detach())
-    defaults = {"weight": one, "margin": 0 * one, "label": one, "score": 0 * one}
+    defaults = {"weight": one, "margin": 0 * one, "label": one, "score": torch.nan * one}
     extras = {k: v for k, v in row.items() if k not in defaults}
     given = {k: row.get(k, v) for k, v in defaults.items()}
     count = one if length is None else length

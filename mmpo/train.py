@@ -26,8 +26,9 @@ from mmpo import checkpoint, evaluate
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
-from mmpo.evaluate import Judge, Trial
+from mmpo.evaluate import Trial
 from mmpo.interruption import Interrupted, requests
+from mmpo.judging import Judge
 from mmpo.modality import DrawKey, Modality
 from mmpo.objective import Objective, Result, rows_of
 from mmpo.pair import Pair
@@ -119,8 +120,9 @@ def forward(run: Run, step: int, micro: int) -> tuple[Result, Any, list[Pair]]:
     with run.accelerator.autocast():
         policy = run.modality.score(run.model, batch)
         ref = references.score(run.reference, run.modality, run.model, batch)
-    result = run.objective(policy, ref, rows_of(pairs, batch.device))
-    result.loss = result.loss * rows_of(pairs, batch.device).weight
+    rows = rows_of(pairs, batch.device)
+    result = run.objective(policy, ref, rows)
+    result.loss = result.loss * rows.weight
     _displacement(result, policy, ref)
     return result, batch, pairs
 
@@ -330,10 +332,9 @@ def policy_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_best(run: Run) -> None:
-    """Put the best weights so far into the model; nothing happens when no evaluation has been better than another yet."""
-    path = run.folder / "best" / "policy.safetensors"
-    if run.progress.best_step and path.exists():
-        _put(run.model, checkpoint.from_bytes(path.read_bytes()))
+    """Put the best weights so far into the model; nothing happens when there was no evaluation but the base's yet."""
+    if run.progress.best_step:
+        _put(run.model, checkpoint.from_bytes((run.folder / "best" / "policy.safetensors").read_bytes()))
 
 
 @torch.no_grad()
@@ -356,15 +357,20 @@ def save(run: Run) -> None:
 
 
 def resume(run: Run) -> bool:
-    """Continue from the newest whole checkpoint, if there is one; the log is cut back to it."""
+    """Continue from the newest whole checkpoint, if there is one; the log is cut back to it.
+
+    Where the checkpoint was written under other packages, threads, processes or devices, it says that the bits will differ.
+    """
     found = checkpoint.load_latest(run.folder / "checkpoints")
+    run.accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process writes another
     if run.accelerator.is_main_process:
         run.log.truncate(found.meta["log_offset"] if found else 0)
     if found is None:
         return False
+    run.progress = Progress(**found.meta["progress"])
     _put(run.model, found.tensors["policy"])
-    if "reference" in found.tensors and _moving(run) is None:
-        run.reference = Values(run.model)  # a later round's: the policy as it was at the round's start
+    if run.progress.round > 1:  # its values follow; never the first round's, whose scores may be cached
+        run.reference = references.anew(run.recipe.reference, run.model)
     names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
     checkpoint.unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
     for name, values in (("ema", run.ema), ("reference", _moving(run))):
@@ -373,8 +379,9 @@ def resume(run: Run) -> bool:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.meta["scaler"])
     checkpoint.restore_rng(found.tensors["rng"])
-    run.progress = Progress(**found.meta["progress"])
     say(run, f"resumed at step {run.progress.step} from {found.path.name}")
+    if changed := checkpoint.changes(found.environment):
+        say(run, f"  not bit-identical to a run without a break: {', '.join(changed)}")
     return True
 
 

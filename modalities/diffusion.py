@@ -53,7 +53,7 @@ class Encoded:
     digest: str
     latents: dict[str, Tensor]
     condition: dict[str, Tensor]
-    empty: dict[str, Tensor]
+    empty: dict[str, Tensor]  # without entries where prompts are never dropped: not every class model has a null class
     sizes: dict[str, families.Size]  # SDXL's micro-conditions of each member: original size, crop, target size
 
 
@@ -140,7 +140,7 @@ class Adapter:
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         pictures = {b.digest: b for p in pairs for side in (p.chosen, p.rejected) for b in side}
         latents = self._cached("latents", list(pictures), lambda ds: self._encode_images([pictures[d] for d in ds]))
-        prompts = list(dict.fromkeys(["", *(p.caption for p in pairs)]))
+        prompts = list(dict.fromkeys([*([""] if self.prompt_dropout else []), *(p.caption for p in pairs)]))
         conditions = self._cached("prompt", prompts, self.loaded.encode_prompts)
         return [self._encoded(p, latents, conditions) for p in pairs]
 
@@ -151,7 +151,7 @@ class Adapter:
             digest.hexdigest(),
             {name: s["latent"] for name, s in sides.items()},
             conditions[pair.caption],
-            conditions[""],
+            conditions[""] if self.prompt_dropout else {},
             {name: families.Size(*s["size"].tolist()) for name, s in sides.items()},
         )
 
@@ -194,11 +194,12 @@ class Adapter:
         if inverted := self.spec.mode in ("inversion", "renoise"):
             seeds = [draws[i].seed("eta/" + b) for b, i in members]
             t, noisy, noise = invert(self.loaded, model, clean, time, condition, seeds, self.spec)
+            time = self.loaded.process.place(t)  # of the level, which is a coarser number than the one that picked it
         else:
             noisy = self.loaded.process.add_noise(clean, noise, t)
         target = self.loaded.process.target_of(clean, noise, t)
-        first = [next(iter(e.latents)) if own else "" for e in encoded]  # a row may have a rejected side only
-        pair_time = torch.stack([times[i, member] for i, member in enumerate(first)]).to(self.device)
+        first = {i: row for row, (_, i) in reversed(list(enumerate(members)))}  # a pair may have a rejected side only
+        pair_time = time[[first[i] for i in range(len(encoded))]]
         names = tuple(key("draw", self._stamp, e.digest, k.seed, k.sample, k.index) for e, k in zip(encoded, keys, strict=True))
         if inverted:  # x_t moves with the model that inverts, so the name has to as well
             names = tuple(key(n, *_bytes_of(noisy, members, i)) for i, n in enumerate(names))
@@ -233,14 +234,16 @@ class Adapter:
     @torch.no_grad()
     def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
         captions = [" ".join(str(b.data) for b in p if b.kind == "text") for p in prompts]
-        conditions = self._cached("prompt", list(dict.fromkeys(["", *captions])), self.loaded.encode_prompts)
+        asked = list(dict.fromkeys([*([""] if self._guides else []), *captions]))
+        conditions = self._cached("prompt", asked, self.loaded.encode_prompts)
+        dropped = conditions[""] if self._guides else None
         blocks: list[Block] = []
         for start in range(0, len(captions), SAMPLE_BATCH):
             part = slice(start, start + SAMPLE_BATCH)
-            blocks += self._sample([conditions[c] for c in captions[part]], conditions[""], seeds[part], model)
+            blocks += self._sample([conditions[c] for c in captions[part]], dropped, seeds[part], model)
         return blocks
 
-    def _sample(self, conditions: list[dict], empty: dict, seeds: Sequence[int], model: nn.Module) -> list[Block]:
+    def _sample(self, conditions: list[dict], empty: dict | None, seeds: Sequence[int], model: nn.Module) -> list[Block]:
         size = families.Size.square(self.resolution)
         shape = self.loaded.latent_shape(self.resolution)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
@@ -250,16 +253,15 @@ class Adapter:
             noise,
             steps=self.config.sample_steps,
             guidance=self.config.guidance,
-            uncond=self._uncond(empty, size, len(conditions)),
+            uncond=self.loaded.collate([empty] * len(conditions), [size] * len(conditions)) if empty is not None else None,
         )
         pixels = (self.loaded.decode(latents).float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [image(p) for p in pixels]
 
-    def _uncond(self, empty: dict, size: families.Size, count: int) -> Any:
-        """The dropped condition, where guidance needs one; guidance-distilled models take the scale as an input."""
-        if self.config.guidance == 1 or self.loaded.config.get("guidance_embeds"):
-            return None
-        return self.loaded.collate([empty] * count, [size] * count)
+    @property
+    def _guides(self) -> bool:
+        """Whether sampling needs the dropped condition; guidance-distilled models take the scale as an input."""
+        return self.config.guidance != 1 and not self.loaded.config.get("guidance_embeds")
 
     def describe(self, beta: float) -> str:
         kappa, target = beta * T / 2, self.loaded.process.target
@@ -268,7 +270,8 @@ class Adapter:
     def dummy(self) -> list[Pair]:
         rng = np.random.default_rng(0)
         noise = [image(rng.integers(0, 255, (self.resolution, self.resolution, 3), dtype=np.uint8)) for _ in range(4)]
-        caption = self.loaded.labels[0] if self.loaded.labels else "" if self.loaded.vae is None else "a picture"
+        unlabelled = "0" if self.loaded.config.get("num_class_embeds") else ""
+        caption = "a picture" if self.loaded.vae is not None else next(iter(self.loaded.labels), unlabelled)
         return [Pair(f"dummy{i}", (text(caption),), (noise[2 * i],), (noise[2 * i + 1],)) for i in range(2)]
 
     def save(self, model: nn.Module, folder: Path, merge: bool = False) -> None:
@@ -298,10 +301,14 @@ class Adapter:
         return float((after - policy).abs().max()), float((after - before).abs().max()), float(policy.abs().max())
 
     def how_to_load(self, folder: Path, merge: bool = False) -> str:
-        """Two lines of Python for the user."""
+        """Two lines of Python for the user, after `import peft` and `from diffusers import DiffusionPipeline`."""
         if self.config.adapter == "full" or merge:
             return f"  pipe = DiffusionPipeline.from_pretrained({str(folder)!r})"
-        return f"  pipe = DiffusionPipeline.from_pretrained({self._path!r})\n  pipe.load_lora_weights({str(folder)!r})"
+        base = f"  pipe = DiffusionPipeline.from_pretrained({self._path!r})\n"
+        if hasattr(self.loaded.pipe, "load_lora_weights"):
+            return base + f"  pipe.load_lora_weights({str(folder)!r})"
+        name = self.loaded.family.denoiser  # PixArt's: diffusers has no way to load a LoRA into it, peft has
+        return base + f"  pipe.{name} = peft.PeftModel.from_pretrained(pipe.{name}, {str(folder)!r}).merge_and_unload()"
 
     def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
         """base/NNN.png and aligned/NNN.png in one order, captions.json, and sheet.png of the first ones, base above aligned."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from mmpo.modalities.families import Loaded
 from mmpo.modalities.quiet import quietly
@@ -37,20 +39,13 @@ def wrap(loaded: Loaded, config: Any) -> nn.Module:
 
 
 def _continue(loaded: Loaded, model: Any, path: str) -> None:
-    """Copy an adapter file (`pytorch_lora_weights.safetensors`) into the wrapped model. Every tensor has to find its place."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
+    """Copy an exported adapter into the wrapped model. Every tensor has to find its place."""
     from peft import set_peft_model_state_dict
 
-    options = {"use_safetensors": True, "local_files_only": True, "return_lora_metadata": True}
-    state, *alphas, metadata = loaded.pipe.lora_state_dict(path, **options)
-    prefix = loaded.family.denoiser + "."
-    _check_alpha(
-        model, path, {k: v for part in (state, *alphas, metadata) for k, v in (part or {}).items() if k.startswith(prefix)}
-    )
-    layers = convert_unet_state_dict_to_peft({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    layers = {k: v for k, v in layers.items() if not k.endswith(".alpha")}
+    read = _of_diffusers if hasattr(loaded.pipe, "lora_state_dict") else _of_peft
+    layers = read(loaded, model, path)
     try:
-        result = set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in layers.items()})
+        result = set_peft_model_state_dict(model, layers)
     except RuntimeError as error:
         raise ValueError(f"model.lora.path {path}: does not fit this adapter (model.lora.rank, targets): {error}") from error
     missing = [k for k in result.missing_keys if "lora_" in k]
@@ -59,6 +54,29 @@ def _continue(loaded: Loaded, model: Any, path: str) -> None:
             f"model.lora.path {path}: does not fit this adapter (rank, targets): {len(missing)} layers missing, "
             f"{len(result.unexpected_keys)} unknown, e.g. {(missing + list(result.unexpected_keys) + ['no layers'])[0]}"
         )
+
+
+def _of_diffusers(loaded: Loaded, model: Any, path: str) -> dict[str, Tensor]:
+    """The layers in `pytorch_lora_weights.safetensors`, by peft's names."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    options = {"use_safetensors": True, "local_files_only": True, "return_lora_metadata": True}
+    state, *alphas, metadata = loaded.pipe.lora_state_dict(path, **options)
+    prefix = loaded.family.denoiser + "."
+    _check_alpha(
+        model, path, {k: v for part in (state, *alphas, metadata) for k, v in (part or {}).items() if k.startswith(prefix)}
+    )
+    layers = convert_unet_state_dict_to_peft({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return {f"base_model.model.{k}": v for k, v in layers.items() if not k.endswith(".alpha")}
+
+
+def _of_peft(loaded: Loaded, model: Any, path: str) -> dict[str, Tensor]:
+    """The layers in `adapter_model.safetensors`, peft's own layout, which is what `save_lora` writes for PixArt."""
+    file, settings = (Path(path) / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    if not (file.is_file() and settings.is_file()):
+        raise ValueError(f"model.lora.path {path}: expected a directory with {file.name} and {settings.name}")
+    _check_alpha(model, path, {".lora_alpha": json.loads(settings.read_text())["lora_alpha"]})
+    return load_file(file)
 
 
 def _check_alpha(model: Any, path: str, entries: dict[str, Any]) -> None:
@@ -85,7 +103,8 @@ def save_merged(loaded: Loaded, model: Any, folder: Path) -> None:
 def reload(base: Loaded, folder: Path, whole: bool) -> nn.Module:
     """The denoiser as plain diffusers gets it from an export, whole or as an adapter on `base`."""
     if whole:
-        return getattr(type(base.pipe).from_pretrained(str(folder), use_safetensors=True), base.family.denoiser)
+        pipe = type(base.pipe).from_pretrained(str(folder), use_safetensors=True, torch_dtype=base.dtype)
+        return getattr(pipe, base.family.denoiser)
     if hasattr(base.pipe, "load_lora_weights"):
         base.pipe.load_lora_weights(str(folder))
         return getattr(base.pipe, base.family.denoiser)

@@ -68,6 +68,10 @@ class NoiseProcess:
             return u.clamp(EDGE, 1 - EDGE)
         return (u.double() * self.num_train_timesteps).floor().long().clamp(0, self.num_train_timesteps - 1)
 
+    def place(self, t: Tensor) -> Tensor:
+        """Where on the schedule times t are, in [0, 1), fp32: t / T for VP, sigma for flow."""
+        return (t.float() if self.abar is None else t / self.num_train_timesteps).clamp(0, 1 - 1e-6)
+
     def a(self, t: Tensor) -> Tensor:
         """Signal coefficient at times t, float64, t's shape."""
         return 1 - t.double() if self.abar is None else self.abar.to(t.device)[t].sqrt()

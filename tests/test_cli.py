@@ -18,10 +18,21 @@ from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 SURFACE = {
     "train": {"words", "--modality", "--set", "--plugin", "--rounds", "--allow-drift"},
     "data validate": {"path", "--format", "--root"},
+    "data convert": {"path", "--to", "--out", "--from", "--root", "--ties", "--on-bad"},
     "sample": {"run", "--prompt", "--out", "--seed"},
     "eval": {"run", "--plugin"},
     "export": {"run", "--out", "--merge"},
-    "make-base": {"modality", "--out", "--steps", "--vae-steps", "--pictures", "--prompts", "--candidates", "--seed"},
+    "make-base": {
+        "modality",
+        "--out",
+        "--steps",
+        "--scraped-steps",
+        "--vae-steps",
+        "--pictures",
+        "--prompts",
+        "--candidates",
+        "--seed",
+    },
     "list": {"room"},
     "config schema": {"--modality"},
     "config explain": {"key", "--modality"},
@@ -151,6 +162,16 @@ def test_all_errors_of_a_recipe_and_its_losses_come_at_once(recipe: str, launche
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 4 and not launched
     assert f"{recipe}:1:25 objective.0.betta: unknown key (got 'betta'" in "\n".join(said)
+
+
+def test_a_mistyped_key_ends_the_process_with_2_and_its_place(recipe: str) -> None:
+    Path(recipe).write_text("modality: diffusion\ntrain:\n  lerning_rate: 1\n  step: 3\n")
+    done = subprocess.run([sys.executable, "-m", "mmpo", "train", recipe, "--data.pth", "x"], capture_output=True, text=True)
+    lines = sorted(done.stderr.splitlines())
+    assert done.returncode == 2 and done.stdout == "" and len(lines) == 3
+    assert lines[0].startswith(f"{recipe}:3:3 train.lerning_rate: unknown key (got 'lerning_rate', expected one of steps, ")
+    assert lines[1].startswith(f"{recipe}:4:3 train.step: unknown key") and lines[1].endswith("; did you mean 'steps'?")
+    assert lines[2].startswith("command line data.pth: unknown key") and "'path'" in lines[2]
 
 
 def test_validate_prints_where_each_value_came_from(recipe: str, capsys: Any) -> None:

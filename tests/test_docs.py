@@ -94,7 +94,7 @@ def commands() -> list[str]:
         found |= set(re.findall(r"`(mmpo [^`\n]+)`", text)) | set(re.findall(r"^ *\$? ?(mmpo [^#\n]+)", text, flags=re.M))
     for recipe in (ROOT / "configs").glob("*.yaml"):
         found |= set(
-            re.findall(r"^#.*?\b(mmpo (?:train|data|config|list) [^#\n]+)", recipe.read_text(encoding="utf-8"), flags=re.M)
+            re.findall(r"^# +(mmpo (?:train|data|config|list) [^#\n]+)", recipe.read_text(encoding="utf-8"), flags=re.M)
         )
     return sorted(c.strip() for c in found if not re.search(r"[\[|<…]|\.\.\.", c))
 

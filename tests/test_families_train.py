@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import diffusers as D
 import numpy as np
+import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from peft import PeftModel
 
 from mmpo import checkpoint, cli, media
 from mmpo import recipe as recipes
@@ -34,7 +36,7 @@ objective: [{loss: dpo, beta_dpo: 2000}]
 train: {steps: 2, batch_size: 2, lr: 1.0e-2, save_every: 1}
 eval: {every: 2, draws: 1}
 """
-LORA = ["sd", "sdxl", "sd3", "flux", "sana"]
+FAMILIES = ["sd", "sdxl", "pixart", "sd3", "flux", "sana"]
 CAPTIONS = ["a red dog", "the blue cat", "a circle", "the square on the left", "a dog on a cat", "red and blue"]
 SGD = ("train.optimizer=sgd", "train.lr=1", "train.weight_decay=0", "train.clip=1000")  # weights move by the gradient itself
 
@@ -123,32 +125,40 @@ def pipeline(folder: Path) -> Any:
     return D.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, safety_checker=None)
 
 
+def as_told(run: Path, folder: Path, merge: bool = False) -> Any:
+    """The pipeline that the printed lines make."""
+    scope: dict[str, Any] = {"DiffusionPipeline": D.DiffusionPipeline, "peft": peft}
+    exec(textwrap.dedent(open_run(run)[1].how_to_load(folder, merge)), scope)
+    return scope["pipe"]
+
+
+def pictures(pipe: Any) -> np.ndarray:
+    """What a plain pipeline paints from fixed noise, (1, 32, 32, 3) in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "generator": torch.Generator().manual_seed(0)}
+    plain = {"clean_caption": False, "use_resolution_binning": False}
+    known = inspect.signature(type(pipe).__call__).parameters
+    return pipe("a red dog", output_type="np", **call, **{k: v for k, v in plain.items() if k in known}).images
+
+
 # Families --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", LORA)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora(family: str, launch: Launch, model: Any) -> None:
+    """Two steps from the directory, then the very lines that `mmpo export` prints: a plain pipeline with other pictures."""
     folder = launch(family)
-    assert [p.name for p in (folder / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
-
-    def reloaded(loaded: Loaded) -> Any:
-        pipe = pipeline(model(family))
-        pipe.load_lora_weights(folder / "export")
-        return getattr(pipe, loaded.family.denoiser)
-
-    check(folder, reloaded)
-    found = summary(folder)
+    files = {p.name for p in (folder / "export").iterdir()}
+    assert files == {"pytorch_lora_weights.safetensors"} or (family == "pixart" and "adapter_model.safetensors" in files)
+    assert not [n for n in files if n.endswith((".bin", ".pt", ".pkl", ".ckpt"))]
+    pipe = as_told(folder, folder / "export")
+    check(folder, lambda loaded: getattr(pipe, loaded.family.denoiser))
+    assert np.abs(pictures(pipe) - pictures(pipeline(model(family)))).max() > 1e-4
+    found, rows = summary(folder), steps_of(folder)
     assert found["steps"] == 2 and found["pairs"]["train"] + found["pairs"]["heldout"] == len(CAPTIONS)
-    assert (
-        found["heldout_pair_accuracy"] is not None
-        and sum(row["n"] for row in found["by_timestep"]) == found["pairs"]["heldout"]
-    )
-    assert (folder / "report.html").is_file() and len(steps_of(folder)) == 2
-
-
-def test_pixart_lora(launch: Launch, model: Any) -> None:
-    folder = launch("pixart")
-    check(folder, lambda loaded: PeftModel.from_pretrained(pipeline(model("pixart")).transformer, folder / "export"))
+    assert sum(row["n"] for row in found["by_timestep"]) == found["pairs"]["heldout"] > 0
+    assert len(rows) == 2 and rows[0]["rewards/margins"] == 0 != rows[1]["rewards/margins"]
+    assert (folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize("family", ["unet", "sd", "sd3"])
@@ -157,25 +167,31 @@ def test_full_fine_tuning(family: str, launch: Launch) -> None:
     check(folder, lambda loaded: getattr(pipeline(folder / "export"), loaded.family.denoiser))
 
 
-def test_merged_export(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = launch("sd")
+@pytest.mark.parametrize(("family", "dtype"), [("sd", "bf16"), ("pixart", "fp32")])
+def test_merged_export(family: str, dtype: str, launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = launch(family, f"model.dtype={dtype}")
     assert cli.main(["export", str(folder), "--merge"]) == 0
     assert "equal to the trained policy" in capsys.readouterr().out
-    check(folder, lambda loaded: pipeline(folder / "merged").unet)
+    if dtype == "fp32":  # the command itself has compared at the weights' own precision
+        pipe = as_told(folder, folder / "merged", merge=True)
+        check(folder, lambda loaded: getattr(pipe, loaded.family.denoiser))
 
 
-def test_an_adapter_continues(launch: Launch, model: Any) -> None:
+@pytest.mark.parametrize("family", ["sd", "pixart"])
+def test_an_adapter_continues(family: str, launch: Launch) -> None:
     """A run may start from another run's export: its self-check sees the reference at that start, margin 0."""
-    first = launch("sd")
-    second = launch("sd", f"model.lora.path={first / 'export'}", name="second")
+    first = launch(family)
+    second = launch(family, f"model.lora.path={first / 'export'}", name="second")
     assert steps_of(second)[0]["rewards/margins"] == 0 and steps_of(second)[1]["rewards/margins"] != 0
-
-    def reloaded(loaded: Loaded) -> Any:
-        pipe = pipeline(model("sd"))
-        pipe.load_lora_weights(second / "export")
-        return pipe.unet
-
-    check(second, reloaded)
+    _, modality, start = open_run(second)
+    ends = [as_told(f, f / "export") for f in (first, second)]
+    with start.active(modality.model) as module:
+        began = output(modality.loaded, module)
+    theirs = [output(modality.loaded, getattr(p, modality.loaded.family.denoiser)) for p in ends]
+    torch.testing.assert_close(theirs[0], began, rtol=1e-4, atol=1e-5)
+    check(second, lambda loaded: getattr(ends[1], loaded.family.denoiser))
+    with pytest.raises(ValueError, match="trained with alpha 2, this one has alpha 8"):
+        launch(family, f"model.lora.path={first / 'export'}", "model.lora.alpha=8", name="refused")
 
 
 # Precision and memory --------------------------------------------------------------------------------------------------

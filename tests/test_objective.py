@@ -75,9 +75,28 @@ def test_margin_and_label_come_from_the_rows() -> None:
 
 def test_row_columns() -> None:
     columns = rows(weight=[1.0, 2.0], margin=[0.0, 0.5], label=[1.0, 0.5], scores=[{"chosen": 0.9}, {"rejected": 0.2}])
-    assert columns.ids == ("p0", "p1") and columns.weight.tolist() == [1, 2] and columns.label.tolist() == [1, 0.5]
-    assert columns.margin.tolist() == [0, 0.5]
-    assert {k: pytest.approx(v.tolist()) for k, v in columns.scores.items()} == {"chosen": [0.9, 0], "rejected": [0, 0.2]}
+    assert columns.weight.tolist() == [1, 2] and columns.label.tolist() == [1, 0.5] and columns.margin.tolist() == [0, 0.5]
+    nan = math.nan
+    wanted = {"chosen": pytest.approx([0.9, nan], nan_ok=True), "rejected": pytest.approx([nan, 0.2], nan_ok=True)}
+    assert {k: v.tolist() for k, v in columns.scores.items()} == wanted
+
+
+def test_a_row_without_scores_is_no_row_with_scores_of_0() -> None:
+    with pytest.raises(ValueError, match="win probabilities .* got nan"):
+        loss_of({"loss": "sppo", "soft": True})
+    half = loss_of({"loss": "sppo", "soft": True}, rows=rows(scores=[{"chosen": 0.5, "rejected": 0.5}] * 2))
+    torch.testing.assert_close(half, ((CHOSEN - REF_CHOSEN) ** 2 + (REJECTED - REF_REJECTED) ** 2) / 2)
+
+
+def test_what_the_rows_say_and_no_loss_reads_is_told() -> None:
+    pairs = [Pair(f"p{i}", (text("a"),), label=label, margin=0.1) for i, label in enumerate((1.0, 0.8, 0.5))]
+    told = Objective([make_term("ipo"), make_term("hinge")]).unread(pairs)
+    assert told == ["2 of 3 rows have a label of their own, which no loss reads (ipo, hinge)"]
+    assert Objective([make_term("dpo")]).unread(pairs) == [] and Objective([make_term("ipo")]).unread(pairs[:0]) == []
+
+
+def test_beta_is_per_nat_or_none() -> None:
+    assert make_term("dpo", beta=5.0).beta == 5.0 and make_term("mapo", beta=0.1).beta is None and make_term("nll").beta is None
 
 
 @pytest.mark.parametrize("link", sorted(LINKS))
@@ -95,6 +114,21 @@ def test_kto_pools_both_sides() -> None:
     torch.testing.assert_close(loss_of({"loss": "kto", "beta": 0.5}), each.mean(0))
     metrics = Objective([make_term("kto", beta=0.5)])(policy(), REFERENCE, rows()).metrics
     torch.testing.assert_close(metrics["rewards/margins"], 0.5 * Z)
+
+
+def test_kto_of_an_uncertain_pair_mixes_both_ways_round() -> None:
+    """Label 0.8: with probability 0.2 it is the other answer that is desirable."""
+    sure, other = (loss_of({"loss": "kto", "beta": 0.5}, rows=rows(label=[label] * 2)) for label in (1.0, 0.0))
+    torch.testing.assert_close(loss_of({"loss": "kto", "beta": 0.5}, rows=rows(label=[0.8] * 2)), 0.8 * sure + 0.2 * other)
+
+
+def test_an_extra_of_one_number_a_row_is_passed_as_it_is() -> None:
+    """Text KTO's own baseline, (B,), beside the extras of each unit, (B, U)."""
+    mine = {b: scores(s.logp[:, 0]) for b, s in policy().items()}
+    for side in mine.values():
+        side.extras["kl_baseline"] = torch.tensor([0.2, 0.4])
+    metrics = Objective([make_term("kto", beta=0.5)])(mine, REFERENCE, rows()).metrics
+    torch.testing.assert_close(metrics["kl"], torch.tensor([0.2, 0.4]))
 
 
 def test_kto_on_unpaired_rows() -> None:

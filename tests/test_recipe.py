@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,36 @@ model: {lora: {rnk: 3}, guidance: .nan}
     assert any(re.fullmatch(r"command line sed: unknown key .*did you mean 'seed'\?", p) for p in found)
 
 
+def keys(schema: type[BaseModel], at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The path of every setting, sections included."""
+    below = [(name, section_at(schema, [name])) for name in schema.model_fields if name != "objective"]
+    return [k for name, part in below for k in ((*at, name), *(keys(part, (*at, name)) if part else ()))]
+
+
+def mistyped(word: str) -> Iterator[str]:
+    """A letter left out, doubled, exchanged with its neighbour, or added."""
+    middle = len(word) // 2
+    yield word[:middle] + word[middle + 1 :]
+    yield word[: middle + 1] + word[middle:]
+    yield word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :] if middle else word + "_"
+    yield word + "s"
+
+
+def test_every_mistyped_key_is_told_with_its_place_and_the_nearest_name(tmp_path: Path) -> None:
+    """Over 300 recipes, each with one key misspelt in one of four ways, alone on its line."""
+    tried = 0
+    for path in keys(recipe_class("diffusion")):
+        *sections, name = path
+        parent = section_at(recipe_class("diffusion"), sections)
+        for wrong in {w for w in mistyped(name) if parent is not None and w not in parent.model_fields and len(w) > 1}:
+            lines = [f"{'  ' * i}{word}:" for i, word in enumerate([*sections, wrong])]
+            (found,) = problems(write(tmp_path, "r.yaml", "# a comment\n" + "\n".join(lines) + " 1\n"))
+            place = f"{tmp_path / 'r.yaml'}:{len(path) + 1}:{2 * len(sections) + 1} {'.'.join([*sections, wrong])}: unknown key"
+            assert found.startswith(place) and f"'{name}'" in found.partition("; did you mean ")[2], found
+            tried += 1
+    assert tried > 300
+
+
 def test_an_unknown_modality_does_not_hide_other_errors(tmp_path: Path) -> None:
     path = write(tmp_path, "r.yaml", "modality: difusion\nseed: -1\n")
     first, second = problems(path)
@@ -282,9 +313,10 @@ def test_dump_loads_to_the_same_recipe_and_masks_secrets(tmp_path: Path) -> None
     )
 
 
+NAMES = st.text(max_size=8).map("x".__add__).filter(lambda name: not recipes._SECRET_KEY.search(name))  # those are masked
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8).map("x".__add__), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
 
@@ -315,3 +347,28 @@ def test_every_setting_is_described_and_no_section_takes_unknown_keys() -> None:
 @pytest.mark.parametrize("name", recipes.configs())
 def test_shipped_recipes_are_valid(name: str) -> None:
     assert load(name, losses=True).recipe.objective
+
+
+# From the authors' launchers: kappa (beta_dpo / 2, or beta where there is no half), pairs a step, on how many devices,
+# learning rate, steps, warm-up, optimizer.
+PUBLISHED = {
+    "diffusion_dpo_sd15": (2500, 2048, 8, 2.048e-5, 2000, 500, "adamw"),
+    "diffusion_kto_sd15": (1000, 8, 4, 1e-7, 20_000, 200, "adamw"),
+    "inpo_sdxl": (2500, 1024, 8, 1.024e-5, 400, 200, "adafactor"),
+    "smpo_sdxl": (2500, 1024, 8, 1.024e-5, 200, 100, "adafactor"),
+    "mapo_sdxl": (None, 16, 1, 1e-5, 2000, 0, "adamw"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_have_the_published_numbers(name: str) -> None:
+    recipe = load(name).recipe
+    kappa, batch, devices, *rest = PUBLISHED[name]
+    spec = recipe.train
+    (term,) = recipe.objective
+    assert kappa is None or loss_parameters(term)["beta"] * 500 == kappa
+    assert spec.batch_size * spec.accumulate * devices == batch
+    assert [spec.lr, spec.steps, spec.warmup, spec.optimizer] == rest
+    assert (spec.precision, spec.schedule, spec.clip) == ("fp16", "constant", 1)
+    assert (spec.weight_decay, spec.betas, spec.eps) == (1e-2, (0.9, 0.999), 1e-8)
+    assert recipe.data.prompt_dropout == (0 if name == "mapo_sdxl" else 0.2)

@@ -14,7 +14,19 @@ import pytest
 from PIL import Image
 
 from mmpo.curves import POINTS, series, thin
-from mmpo.report import duration, headline, ledger_rows, number, read_log, score_rows, timestep_rows, write_report
+from mmpo.report import (
+    duration,
+    environment,
+    headline,
+    ledger_rows,
+    number,
+    picture_pairs,
+    provenance_rows,
+    read_log,
+    score_rows,
+    timestep_rows,
+    write_report,
+)
 
 ATTACK = "</figcaption><script>alert(1)</script> \"onerror='x' {{ 7*7 }} & a red circle"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,12 +76,13 @@ def synthetic_run(run: Path, steps: int = 40) -> Path:
         x = step / steps
         records.append(
             {"event": "train", "step": step, "loss": 0.693 - 0.3 * x + 0.03 * rng.normal(), "rewards/chosen": 0.4 * x}
-            | {"rewards/rejected": -0.9 * x, "rewards/accuracies": 0.5 + 0.4 * x, "displacement/chosen": 0.2 * x - 0.1}
+            | {"rewards/rejected": -0.9 * x, "rewards/accuracies": 0.5 + 0.4 * x}
             | {f"t{i}/accuracies": 0.5 + 0.1 * i * x for i in range(4)}
         )
         if step % (steps // 8) == 0:
             judge = 0.5 + 0.8 * x * (1 - x)
             values = {"judge": judge, "pair_accuracy": 0.5 + 0.45 * x, "diversity": 0.9, "correct": judge}
+            values |= {"margin": 0.3 * x, "drift_chosen": 0.2 * x - 0.1, "drift_rejected": 0.5 * x}
             values |= {"win_rate": judge, "win_low": judge - 0.08, "win_high": judge + 0.08}
             records.append({"event": "eval", "step": step} | {f"eval/{name}": value for name, value in values.items()})
     (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"event": "train", "st')
@@ -110,7 +123,14 @@ def html(run: Path) -> str:
 
 
 def test_report_answers_in_order(html: str) -> None:
-    sections = ["Better: the aligned model wins 71", "Base and aligned", "What changed", "How it went", "By timestep"]
+    sections = [
+        "<h1>Better.</h1>",
+        "The aligned model wins 71",
+        "Base and aligned",
+        "What changed",
+        "How it went",
+        "By timestep",
+    ]
     sections += ["What to look at", "Reproduce", "Data ledger"]
     places = [html.index(words, html.index("<body>")) for words in sections]
     assert places == sorted(places)
@@ -121,6 +141,7 @@ def test_report_answers_in_order(html: str) -> None:
         "a larger beta",
         "1 min 57 s",
         "seed=7",
+        "The judge fell while pair accuracy rose.",
         "skipped, tie",
         "step 20",
     ]
@@ -132,7 +153,7 @@ def test_report_is_self_contained_and_well_formed(html: str) -> None:
     page = Page(html)
     assert "script" not in page.tags
     assert [r for r in page.references if not r.startswith(("data:image/png;base64,", "#"))] == []
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 9
     assert len(page.ids) == len(set(page.ids))
     assert {r[1:] for r in page.references if r.startswith("#")} <= set(page.ids)
     assert not re.search(r"url\((?!#)", html)
@@ -143,7 +164,7 @@ def test_prompts_are_text_and_nothing_else(html: str) -> None:
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7*7 }}" in html
-    assert Page(html).tags.count("figure") == 3 + 7
+    assert Page(html).tags.count("figure") == 3 + 9
 
 
 def test_report_is_deterministic(run: Path, html: str) -> None:
@@ -206,15 +227,33 @@ def test_a_run_without_summary_shows_the_newest_evaluation() -> None:
 
 def test_ledger_is_flat_and_complete() -> None:
     summary = {"pairs": {"train": 3}, "data": {"rows": {"used": 3, "skipped": {"tie": 1}}, "examples": ["row 7", "row 9"]}}
-    rows = [("pairs, train", 3), ("rows, used", 3), ("rows, skipped, tie", 1), ("examples", "row 7, row 9"), ("log records", 0)]
-    assert ledger_rows(summary, [], 0) == rows
+    rows = [("rows, used", 3), ("rows, skipped, tie", 1), ("examples", "row 7, row 9"), ("pairs trained on", 3)]
+    assert ledger_rows(summary, [], 0) == [*rows, ("log records", 0)]
+
+
+def test_other_prompts_come_before_other_seeds(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run")
+    shown, count = picture_pairs(run / "samples", {"prompts": ["two circles", "two circles", "a cross"]})
+    assert [item["prompt"] for item in shown] == ["two circles", "a cross", "two circles"] and count == 3
+
+
+def test_provenance_names_what_it_knows(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    (tmp_path / "CURRENT").write_text("step-1\n")
+    (checkpoint / "MANIFEST.json").write_text('{"environment": {"torch": "2.12.1"}}')
+    assert environment(tmp_path) == {"torch": "2.12.1"} and environment(tmp_path / "none") == {}
+    recipe = {"model": {"path": "embedded"}, "objective": [{"loss": "dpo"}, {"loss": "nll"}], "seed": 7}
+    rows = [("model", "embedded"), ("objective", "dpo + nll"), ("seed", "7"), ("ran with", "torch 2.12.1")]
+    assert provenance_rows({}, recipe, environment(tmp_path)) == rows
 
 
 def test_words_and_numbers() -> None:
     assert [number(v) for v in (0.12345, 3, None, float("nan"), "tie")] == ["0.123", "3", "not measured", "not finite", "tie"]
     assert [duration(s) for s in (9.4, 117.4, 7260)] == ["9 s", "1 min 57 s", "2 h 1 min"]
     rate = {"value": 0.7, "low": 0.6, "high": 0.8, "n": 9}
-    assert headline({"win_rate": rate}).startswith("The aligned model wins 70\N{NO-BREAK SPACE}% of 9")
+    assert headline({"win_rate": rate})[0].startswith("The aligned model wins 70\N{NO-BREAK SPACE}% of 9")
+    assert [number(v) for v in (-0.5, 1849108)] == ["\N{MINUS SIGN}0.500", "1,849,108"]
     assert score_rows({"base": {"score": 0.5}, "aligned": {"score": None}})[0]["change"] == ""
 
 

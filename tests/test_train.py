@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,16 +18,21 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpo import checkpoint, launch
+from mmpo import train as loop
+from mmpo.cache import Cache
 from mmpo.errors import RecipeError, RunFailed
-from mmpo.reference import Values, unwrap
+from mmpo.interruption import Interrupted
+from mmpo.reference import Cached, Values, anew, unwrap
+from mmpo.reference import build as build_reference
 from mmpo.runlog import read
-from mmpo.schema import Recipe, TrainConfig
-from mmpo.train import Run, batch_of, evaluate_now, learning_rate, optimize, order, train
-from tests.tiny_run import line_pairs, line_run
+from mmpo.schema import Recipe, ReferenceConfig, TrainConfig
+from mmpo.train import Run, batch_of, evaluate_now, learning_rate, optimize, order, record, resume, train
+from tests.tiny_run import line_pairs, line_run, make_world
+from tests.tiny_run import settings as tiny_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +54,6 @@ def weight(run: Run) -> torch.Tensor:
 # ---- order
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 100), st.integers(1, 300))
 def test_order_is_a_permutation_and_a_pure_function(seed: int, epoch: int, size: int) -> None:
     first = order(seed, epoch, size)
@@ -88,11 +94,32 @@ def test_learning_rate(schedule: Any, expected: list[float]) -> None:
     assert [learning_rate(spec, step) for step in range(6)] == pytest.approx([2 * e for e in expected], abs=1e-12)
 
 
+def test_adafactor_moves_by_the_learning_rate_whatever_the_weight_is() -> None:
+    """torch's own scales the step by the weight's size, which makes the published learning rates tens of times smaller."""
+    model = torch.nn.Linear(4, 3, bias=False)
+    torch.nn.init.constant_(model.weight, 0.01)
+    recipe = Recipe(train=TrainConfig(optimizer="adafactor", lr=1e-3, weight_decay=0.0))
+    optimizer = launch.make_optimizer(recipe, model)
+    model.weight.grad = torch.full((3, 4), 5.0)
+    optimizer.step()
+    torch.testing.assert_close(model.weight, torch.full((3, 4), 0.01 - 1e-3))
+    names: dict[torch.Tensor, str] = {model.weight: "weight"}
+    tensors, meta = checkpoint.pack_optimizer(optimizer, names)
+    again = launch.make_optimizer(recipe, model)
+    checkpoint.unpack_optimizer(again, names, tensors, json.loads(json.dumps(meta)))
+    after = []
+    for each in (optimizer, again):
+        model.weight.data.fill_(0.01)
+        model.weight.grad = torch.arange(12.0).view(3, 4)
+        each.step()
+        after.append(model.weight.detach().clone())
+    assert torch.equal(*after)
+
+
 # ---- the same batch, however it is cut
 
 
-@pytest.mark.parametrize("optimizer", ["sgd"])
-def test_accumulation_equals_one_large_batch(tmp_path: Path, optimizer: str) -> None:
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     whole, parts = line_run(tmp_path / "a", batch_size=8), line_run(tmp_path / "b", batch_size=2, accumulate=4)
     train(whole, 6)
     train(parts, 6)
@@ -161,10 +188,120 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path, case: str) -
     assert [r["loss"] for r in mine if "loss" in r] == pytest.approx([r["loss"] for r in theirs if "loss" in r], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_torchrun_with_two_processes_equals_one_of_twice_the_batch(tmp_path: Path) -> None:
+    """The command line on a tiny Stable Diffusion: the same weights and losses, also by going on from a checkpoint."""
+    world = make_world(tmp_path)
+
+    def start(name: str, processes: int, *more: str) -> str:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        words = ["train.steps=3", "train.save_every=2", "train.optimizer=sgd", "train.lr=0.1", "eval.every=2"]
+        words = [*tiny_settings(world, world / name, *words, f"train.batch_size={8 // processes}"), *more]
+        command = [sys.executable, *launcher, "-m", "mmpo", "train", "--modality", "diffusion", *words]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def trained(name: str) -> dict[str, torch.Tensor]:
+        found = checkpoint.load_latest(world / name / "checkpoints")
+        assert found is not None and found.step == 3
+        return found.tensors["policy"]
+
+    def back_to_step_2(name: str) -> None:
+        pointer = world / name / "checkpoints" / "CURRENT"
+        shutil.rmtree(pointer.with_name(pointer.read_text().strip()))
+        pointer.unlink()
+        (world / name / "summary.json").unlink()
+
+    said = start("one", 1), start("two", 2)
+    assert [text.count("self-check") for text in said] == [1, 1]  # one process speaks for both
+    one, two = trained("one"), trained("two")
+    moved = [float(v.abs().max()) for n, v in one.items() if "lora_B" in n]  # from 0
+    assert min(moved) > 0 and max(moved) > 1e-3
+    assert max(float((two[n] - v).abs().max()) for n, v in one.items()) < 1e-5
+    losses = [[r["loss"] for r in read(world / name / "log.jsonl") if "loss" in r] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(set(losses[0])) == 3  # of terms of hundreds of nats
+    back_to_step_2("two")
+    assert start("two", 2).count("resumed at step 2") == 1
+    assert all(torch.equal(v, two[n]) for n, v in trained("two").items())
+    back_to_step_2("two")
+    said_after = start("two", 1, "--allow-drift", "train.batch_size")
+    assert "not bit-identical to a run without a break: processes 2, now 1" in said_after
+    assert max(float((v - one[n]).abs().max()) for n, v in trained("two").items()) < 1e-5
+
+
 def test_fsdp_is_refused(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"train": {"fsdp": True}})
     with pytest.raises(RecipeError, match="train.fsdp"):
         launch.make_accelerator(recipe, tmp_path)
+
+
+# ---- stopping and going on
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_is_saved(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = line_run(tmp_path / "whole", optimizer="adamw")
+    train(whole, 6)
+    run, before = line_run(tmp_path / "run", optimizer="adamw"), signal.getsignal(number)
+
+    def strike(run: Run, entry: dict[str, Any]) -> None:
+        record(run, entry)
+        if entry["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "record", strike)
+        with pytest.raises(Interrupted, match=f"{number.name}: saved at step 3") as caught:
+            train(run, 6)
+    assert caught.value.number == number and signal.getsignal(number) is before
+    again = line_run(tmp_path / "run", optimizer="adamw")
+    assert resume(again) and again.progress.step == 3
+    train(again, 6)
+    assert torch.equal(weight(again), weight(whole)) and again.log.path.read_bytes() == whole.log.path.read_bytes()
+
+
+def test_resuming_elsewhere_says_in_one_line_that_the_bits_may_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(line_run(tmp_path), 2)  # the last step is saved
+    capsys.readouterr()
+    assert resume(line_run(tmp_path)) and capsys.readouterr().out.count("\n") == 1  # nothing changed: nothing said
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert resume(line_run(tmp_path))
+    finally:
+        torch.set_num_threads(threads)
+    _, said, *rest = capsys.readouterr().out.splitlines()
+    assert said == f"  not bit-identical to a run without a break: threads {threads}, now {threads + 1}" and not rest
+
+
+@pytest.mark.parametrize("kind", ["start", "ema", "none"])
+def test_a_later_rounds_reference_comes_back(tmp_path: Path, kind: str) -> None:
+    """Also where scores of the first round's reference are cached: they are not replayed for the second one's."""
+    run, again = (_of_reference(tmp_path, kind) for _ in range(2))
+    train(run, 3)
+    run.reference, run.progress.round = anew(run.recipe.reference, run.model), 2
+    train(run, 5)
+    assert resume(again) and type(again.reference) is type(run.reference)
+    if kind != "none":
+        assert isinstance(run.reference, Values) and isinstance(again.reference, Values)
+        assert torch.equal(again.reference.values["weight"], run.reference.values["weight"])
+        assert again.reference.decay == (0.5 if kind == "ema" else None)
+        assert torch.equal(weight(again), again.reference.values["weight"]) is False
+
+
+def _of_reference(folder: Path, kind: str) -> Run:
+    run = line_run(folder, loss={"loss": "simpo"} if kind == "none" else None)
+    run.recipe = run.recipe.model_copy(update={"reference": ReferenceConfig(kind=kind, ema_decay=0.5, cache=kind == "start")})  # type: ignore[arg-type]
+    run.reference = build_reference(run.recipe.reference, run.modality, unwrap(run.model))
+    if kind == "start":  # as a run that started from a trained adapter keeps it
+        run.reference = Cached(Values(run.model), Cache(folder / "scores.sqlite"), run.model)
+    return run
 
 
 # ---- steps that must not happen

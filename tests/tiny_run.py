@@ -72,6 +72,7 @@ class Batch:
     rejected: Tensor
     noise: Tensor
     time: Tensor
+    keys: tuple[bytes, ...]
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +99,8 @@ class Line:
         seeds = [hash((k.seed, int(k.sample), k.index)) % 2**31 for k in keys]  # hashes of whole numbers do not vary
         noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(s)) for s in seeds])
         values = torch.stack(list(encoded))
-        return Batch(values[:, :1] + noise, values[:, 1:] + noise, noise, torch.linspace(0, 0.99, len(keys)))
+        time, names = torch.linspace(0, 0.99, len(keys)), tuple(str(k).encode() for k in keys)
+        return Batch(values[:, :1] + noise, values[:, 1:] + noise, noise, time, names)
 
     def score(self, model: nn.Module, batch: Batch) -> dict[str, Scores]:
         both = -model(torch.cat([batch.chosen, batch.rejected])).square().sum(-1, keepdim=True)

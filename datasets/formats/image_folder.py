@@ -40,7 +40,7 @@ def image_folder(
     """
     base = root or path
     if (path / "chosen").is_dir() and (path / "rejected").is_dir():
-        return import_rows(_stems(path), lambda row: [_matched(row, path, ledger)], ledger)
+        return import_rows(_stems(path, ledger), lambda row: [_matched(row, path, ledger)], ledger)
     if not (path / "metadata.jsonl").is_file():
         raise DataError(f"{path}: expected the folders chosen and rejected, or a metadata.jsonl")
     return import_rows(jsonl_rows(path / "metadata.jsonl"), lambda row: [_listed(row, base, ledger)], ledger)
@@ -51,13 +51,15 @@ def _listed(row: Row, root: Path, ledger: Ledger) -> Pair:
     return image_pair(text_field(row, *CAPTION), chosen, rejected, ledger)
 
 
-def _stems(root: Path) -> Iterator[Located]:
-    """One row per file name without suffix: {"stem", "chosen": names, "rejected": names, "text"}."""
+def _stems(root: Path, ledger: Ledger) -> Iterator[Located]:
+    """One row per file name without suffix: {"stem", "chosen": names, "rejected": names, "text"}; other files are noted."""
     files: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"chosen": [], "rejected": []})
     for side in ("chosen", "rejected"):
         for file in sorted((root / side).iterdir()):
             if file.suffix.lower() in SUFFIXES:
                 files[file.stem][side].append(f"{side}/{file.name}")
+            elif file.suffix.lower() != ".txt":
+                ledger.notes[f"entries of {side}/ that are no image file (ignored)"] += 1
     captions = _captions(root)
     for number, (stem, sides) in enumerate(sorted(files.items())):
         yield f"{root.name}:row {number} ({stem})", {"stem": stem, **sides, "text": captions.get(stem)}

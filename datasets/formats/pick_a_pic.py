@@ -1,8 +1,14 @@
-"""Pick-a-Pic v1/v2 (parquet): a caption, two images as bytes, and the label of each: 1 won, 0 lost, 0.5 tied."""
+"""Pick-a-Pic v1/v2 (parquet): a caption, two images as bytes, and the label of each: 1 won, 0 lost, 0.5 tied.
+
+Labels in between are soft: the probability that this image is the better one. SmPO's rescored copy adds the PickScore of
+both images (ps_score_0, ps_score_1: cosines, plain or as lists of one); the soft label they give (`soft_labels`) takes the
+place of what people said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +22,8 @@ from mmpo.errors import DataError
 from mmpo.pair import Block, Pair
 
 KEEP = {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}
-SCORES = ("score_{}", "ps_score_{}")  # ours and that of SmPO's rescored copy
-OPTIONAL = ["are_different", "has_label", "weight", "margin", *(s.format(i) for s in SCORES for i in (0, 1))]
+OPTIONAL = ["are_different", "has_label", "weight", "margin", "score_0", "score_1", "ps_score_0", "ps_score_1"]
+PS_RANGE = 0.28201571106910706 - 0.11543526500463486  # greatest and least cosine of Pick-a-Pic v2, from SmPO's train.py
 SCHEMA = pa.schema(
     [
         ("caption", pa.string()),
@@ -40,9 +46,10 @@ def pick_a_pic(
 ) -> Iterator[Pair]:
     """Pairs of a parquet file, or of all parquet files of a folder.
 
-    ties: "drop" skips rows labelled 0.5, "soft" keeps them with `label` 0.5 (image 0 as chosen). Rows with
-    `are_different` or `has_label` false are skipped, as the dataset's authors do. root: where images given as paths lie,
-    the file's folder by default. Raises DataError at the first bad row unless ledger.on_bad is "skip".
+    A soft label becomes the pair's `label`, and is noted in the ledger; the likelier image is chosen. ties: "drop" skips
+    rows that people labelled 0.5, "soft" keeps them with `label` 0.5 (image 0 as chosen). Rows with `are_different` or
+    `has_label` false are skipped, as the dataset's authors do. root: where images given as paths lie, the file's folder by
+    default. Raises DataError at the first bad row unless ledger.on_bad is "skip".
     """
     base = root or (path if path.is_dir() else path.parent)
     rows = parquet_rows(path, [*sorted(KEEP), *OPTIONAL])
@@ -55,33 +62,52 @@ def _pair(row: Row, root: Path, ties: str, ledger: Ledger) -> Pair:
         raise Skip("has_label is false")
     if row.get("are_different") is False:
         raise Skip("are_different is false")
-    label = _label(row)
-    if label == 0.5 and ties == "drop":
+    labels = _labels(row)
+    if 0.5 in labels and ties == "drop":
         raise Skip("tie")
+    scores, cosines = _two(row, "score", number_field), _two(row, "ps_score", _cosine)
+    if cosines:
+        labels = soft_labels(*cosines)
+    winner = 0 if labels[0] >= labels[1] else 1
     images = [image_field(row, f"jpg_{i}", root) for i in (0, 1)]
-    winner = 0 if label >= 0.5 else 1
-    scores = _scores(row, winner)
-    rest = {"weight": number_field(row, "weight", 1.0), "margin": number_field(row, "margin", 0.0), "scores": scores}
-    return image_pair(caption, images[winner], images[1 - winner], ledger, label=max(label, 1 - label), **rest)
+    judged = scores or cosines
+    pair = image_pair(
+        caption, images[winner], images[1 - winner], ledger, label=labels[winner],
+        weight=number_field(row, "weight", 1.0, least=0.0), margin=number_field(row, "margin", 0.0),
+        scores={"chosen": judged[winner], "rejected": judged[1 - winner]} if judged else {},
+    )  # fmt: skip
+    if pair.label not in (0.5, 1):
+        ledger.notes["soft labels"] += 1
+    return pair
 
 
-def _label(row: Row) -> float:
-    """label_0, after checking that both labels are 0, 0.5 or 1 and add up to 1."""
+def _labels(row: Row) -> tuple[float, float]:
+    """Both labels, after checking that they are probabilities and add up to 1."""
     for name in ("label_0", "label_1"):
-        value = row.get(name)
-        if isinstance(value, bool) or value not in (0, 0.5, 1):
-            raise BadField(name, "0, 0.5 or 1", shown(value))
-    if row["label_0"] + row["label_1"] != 1:
+        if not 0 <= number_field(row, name) <= 1:
+            raise BadField(name, "a number from 0 to 1", shown(row[name]))
+    if not math.isclose(row["label_0"] + row["label_1"], 1, abs_tol=1e-6):
         raise BadField("label_1", f"{1 - row['label_0']:g}, as label_0 is {row['label_0']:g}", shown(row["label_1"]))
-    return float(row["label_0"])
+    return float(row["label_0"]), float(row["label_1"])
 
 
-def _scores(row: Row, winner: int) -> dict[str, float]:
-    for name in SCORES:
-        if row.get(name.format(0)) is not None:
-            values = [number_field(row, name.format(i)) for i in (0, 1)]
-            return {"chosen": values[winner], "rejected": values[1 - winner]}
-    return {}
+def soft_labels(first: float, second: float) -> tuple[float, float]:
+    """SmPO's probability that each image is the better one: the softmax of both PickScores over their range in the data."""
+    p = 1 / (1 + math.exp((second - first) / PS_RANGE))
+    return p, 1 - p
+
+
+def _cosine(row: Row, name: str) -> float:
+    value = row.get(name)
+    found = number_field({name: value[0] if isinstance(value, list) and len(value) == 1 else value}, name)
+    if abs(found) > 1:
+        raise BadField(name, "a cosine from -1 to 1 (PickScore without its logit scale)", shown(found))
+    return found
+
+
+def _two(row: Row, name: str, read: Callable[[Row, str], float]) -> list[float]:
+    """Both images' values of a field that the row may not have."""
+    return [] if row.get(f"{name}_0") is None else [read(row, f"{name}_{i}") for i in (0, 1)]
 
 
 def write_pick_a_pic(pairs: Iterable[Pair], path: Path) -> int:
@@ -89,7 +115,7 @@ def write_pick_a_pic(pairs: Iterable[Pair], path: Path) -> int:
 
     Which side is image 0 follows from the pair's id, so that position tells nothing about preference. Arrays become PNG.
     `weight`, `margin` and `scores` are kept as columns of ours. Raises DataError for what the format cannot hold: rows
-    without two images, a prompt that is not one text, labels other than 1 and 0.5.
+    without two images, a prompt that is not one text, a chosen side that is the less likely one.
     """
     return write_parquet(path, SCHEMA, (_row(pair) for pair in pairs))
 
@@ -97,10 +123,10 @@ def write_pick_a_pic(pairs: Iterable[Pair], path: Path) -> int:
 def _row(pair: Pair) -> dict[str, Any]:
     if [b.kind for b in (*pair.prompt, *pair.chosen, *pair.rejected)] != ["text", "image", "image"]:
         raise DataError(f"pair {pair.id}: Pick-a-Pic holds one text and two images, not this pair's blocks")
-    if pair.label not in (0.5, 1.0):
-        raise DataError(f"pair {pair.id}: Pick-a-Pic labels are 0, 0.5 or 1, found label {pair.label}")
+    if not 0.5 <= pair.label <= 1:
+        raise DataError(f"pair {pair.id}: Pick-a-Pic's winner has a label from 0.5 to 1, found {pair.label}")
     sides, labels = [("chosen", pair.chosen[0]), ("rejected", pair.rejected[0])], [pair.label, 1 - pair.label]
-    if pair.label == 1 and sum(pair.id.encode()) % 2:  # a tie keeps its order: nothing else tells its sides apart
+    if pair.label != 0.5 and sum(pair.id.encode()) % 2:  # a tie keeps its order: nothing else tells its sides apart
         sides, labels = sides[::-1], labels[::-1]
     row: dict[str, Any] = {"caption": pair.caption, "are_different": True, "has_label": True}
     row |= {"weight": pair.weight, "margin": pair.margin}

@@ -48,5 +48,5 @@ def _pairs(row: Row, root: Path, ties: str, ledger: Ledger) -> list[Pair]:
             meta = {"ranks": {"chosen": rank, "rejected": other}}
             pairs.append(image_pair(prompt, chosen, rejected, ledger, label=0.5 if rank == other else 1.0, meta=meta))
     if not pairs:
-        raise Skip("no two generations of different rank")
+        raise Skip("no two generations that differ in rank and content")
     return pairs

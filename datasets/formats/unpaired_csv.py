@@ -1,4 +1,8 @@
-"""Diffusion-KTO's CSV: file_path, caption, label: single images, each liked (1) or not (0)."""
+"""Diffusion-KTO's CSV, single images, each liked or not: file_path (or file_name), caption, label (or split).
+
+label: 1 or 0, true or false. split: whether the image won all of its comparisons (exclusive_win), lost all (exclusive_lose)
+or some (intersections), which counts as liked, as in the authors' own runs.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,21 @@ from mmpo.datasets.pairing import digest, pair_id
 from mmpo.datasets.tables import rows_of
 from mmpo.pair import Pair, text
 
-LABELS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+LIKED = {"1", "1.0", "true", "exclusive_win", "intersections"}
+DISLIKED = {"0", "0.0", "false", "exclusive_lose"}
 
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
-    return kind in ("csv", "jsonl", "parquet") and columns >= {"file_path", "caption", "label"}
+    named = [{"file_path", "file_name"} & columns, {"label", "split"} & columns, {"caption"} & columns]
+    return kind in ("csv", "jsonl", "parquet") and all(named)
 
 
 def unpaired_csv(
     path: Path, *, root: Path | None = None, ties: Literal["drop", "soft"] = "drop", ledger: Ledger
 ) -> Iterator[Pair]:
-    """One Pair a row with one side only: `chosen` where the label is 1 or true, `rejected` where it is 0 or false.
+    """One Pair a row with one side only: `chosen` where the image was liked, `rejected` where it was not.
 
-    ties: not used, a single image cannot tie. root: where file_path leads, the file's folder by default.
+    ties: not used, a single image cannot tie. root: where the paths lead, the file's folder by default.
     """
     base = root or path.parent
     return import_rows(rows_of(path), lambda row: [_pair(row, base)], ledger)
@@ -32,9 +38,10 @@ def unpaired_csv(
 
 def _pair(row: Row, root: Path) -> Pair:
     prompt = (text(text_field(row, "caption")),)
-    liked = LABELS.get(str(row.get("label")).strip().lower())
-    if liked is None:
-        raise BadField("label", "0 or 1", shown(row.get("label")))
-    answer = (image_field(row, "file_path", root),)
-    chosen, rejected = (answer, ()) if liked else ((), answer)
+    column = "split" if row.get("label") is None and "split" in row else "label"
+    word = str(row.get(column)).strip().lower()
+    if word not in LIKED | DISLIKED:
+        raise BadField(column, "0 or 1, or Diffusion-KTO's split", shown(row.get(column)))
+    answer = (image_field(row, "file_path" if "file_path" in row else "file_name", root),)
+    chosen, rejected = (answer, ()) if word in LIKED else ((), answer)
     return Pair(pair_id(prompt, chosen, rejected), prompt, chosen, rejected, group=digest(*prompt))

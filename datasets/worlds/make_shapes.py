@@ -2,9 +2,10 @@
 
     mmpo make-base diffusion --out DIR            about an hour on 2 cores; --vae-steps and --steps make it shorter
 
-Its training captions are imperfect on purpose: a share (`WRONG`) has one attribute wrong, as scraped captions have. The
-base therefore draws well but does not always draw what it was asked for, which is what preference pairs can mend. The
-candidates are its own samples, unjudged: `mmpo train` judges and pairs them.
+Its training data are imperfect on purpose, as scraped data are: a share of the captions (`WRONG`) has one attribute wrong,
+and in a second stage a share of the pictures (`SPECKLED`) carries stray specks. The base therefore draws well, but not
+always what it was asked for and rarely without dirt, which is what preference pairs can mend. The candidates are its own
+samples, unjudged: `mmpo train` judges and pairs them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from mmpo.pair import image, text
 from mmpo.schema import DrawConfig
 
 WRONG = 0.30  # share of training captions with one thing wrong
+SPECKLED = 0.50  # share of the second stage's pictures with specks
 BATCH = 32
 GUIDANCE, SAMPLE_STEPS = 2.0, 12  # of the candidates; configs/diffusion_dpo.yaml samples the same way
 RELATIONS = 0.72  # share of pictures with two objects in a relation; the rest are counts and single objects
@@ -51,6 +53,7 @@ class Budget:
 
     vae_steps: int = 1500
     steps: int = 9000
+    scraped_steps: int = 3000
     pictures: int = 16_000
     prompts: int = 420
     candidates: int = 6
@@ -62,7 +65,8 @@ def make(out: Path | str, *, seed: int = 0, **budget: int) -> None:
     torch.manual_seed(seed)
     pipe = make_pipeline(out)
     train_vae(pipe.vae, spec.vae_steps, seed)
-    train_denoiser(pipe, spec.pictures, spec.steps, seed + 1)
+    train_denoiser(pipe, spec.pictures, spec.steps, seed + 1, speckled=0.0)
+    train_denoiser(pipe, spec.pictures, spec.scraped_steps, seed + 2, speckled=SPECKLED)
     save(pipe, out)
     sample_candidates(out, spec.prompts, spec.candidates, seed)
 
@@ -112,11 +116,12 @@ def make_pipeline(folder: Path) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-def pictures(count: int, rng: np.random.Generator, wrong: float) -> tuple[Tensor, list[str]]:
-    """`count` drawn pictures (count, 3, SIZE, SIZE) in [-1, 1] and captions, a share `wrong` of which is corrupted."""
+def pictures(count: int, rng: np.random.Generator, wrong: float = 0.0, speckled: float = 0.0) -> tuple[Tensor, list[str]]:
+    """`count` pictures (count, 3, SIZE, SIZE) in [-1, 1], a share of them `speckled`, and captions, a share `wrong`."""
     drawn, texts = [], []
     for caption in _captions(count, rng):
-        drawn.append(shapes.render(caption, rng))
+        picture = shapes.render(caption, rng)
+        drawn.append(shapes.speckle(picture, rng) if speckled and rng.random() < speckled else picture)
         texts.append(shapes.corrupt(caption, rng) if rng.random() < wrong else caption)
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) * 2 - 1, texts
 
@@ -133,18 +138,18 @@ def train_vae(vae: AutoencoderKL, steps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     step = _stepper(vae.parameters(), 2e-3, steps, weight_decay=1e-4)
     for _ in trange(steps, desc="autoencoder"):
-        pixels, _ = pictures(24, rng, 0.0)
+        pixels, _ = pictures(24, rng)
         posterior = vae.encode(pixels).latent_dist
         output = vae.decode(posterior.sample()).sample
         edges = sum(F.l1_loss(output.diff(dim=d), pixels.diff(dim=d)) for d in (-1, -2))
         step(F.l1_loss(output, pixels) + edges + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel())
 
 
-def train_denoiser(pipe: StableDiffusionPipeline, pool: int, steps: int, seed: int) -> None:
-    """Noise prediction on a pool of pictures with partly wrong captions; text encoder included; weights averaged."""
+def train_denoiser(pipe: StableDiffusionPipeline, pool: int, steps: int, seed: int, speckled: float) -> None:
+    """Noise prediction on a pool of imperfect pictures and captions; text encoder included; weights averaged."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    latents, ids = _encode_pool(pipe, pool, rng)
+    latents, ids = _encode_pool(pipe, pool, rng, speckled)
     empty = pipe.tokenizer([""], padding="max_length", return_tensors="pt").input_ids
     abar = pipe.scheduler.alphas_cumprod
     both = nn.ModuleList([pipe.unet, pipe.text_encoder])
@@ -161,10 +166,10 @@ def train_denoiser(pipe: StableDiffusionPipeline, pool: int, steps: int, seed: i
 
 
 @torch.no_grad()
-def _encode_pool(pipe: StableDiffusionPipeline, pool: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def _encode_pool(pipe: StableDiffusionPipeline, pool: int, rng: np.random.Generator, speckled: float) -> tuple[Tensor, Tensor]:
     latents, ids = [], []
     for _ in trange(pool // 100, desc="draw and encode", unit="hundred"):
-        pixels, texts = pictures(100, rng, WRONG)
+        pixels, texts = pictures(100, rng, WRONG, speckled)
         latents.append(pipe.vae.encode(pixels).latent_dist.mode())
         ids.append(pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids)
     whole = torch.cat(latents)

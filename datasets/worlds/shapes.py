@@ -125,6 +125,16 @@ def render(caption: str, rng: np.random.Generator) -> Image:
     return image.astype(np.float32)
 
 
+def speckle(image: Image, rng: np.random.Generator) -> Image:
+    """The picture with two to four stray specks on it: the dirt of scraped pictures, whatever their captions say."""
+    for _ in range(rng.integers(2, 5)):
+        x, y = rng.uniform(5, SIZE - 5, 2)
+        cover = _cover("circle", x, y, rng.uniform(2.8, 4.5))[..., None]
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        image = image * (1 - cover) + np.asarray(colour, np.float32) * cover
+    return image.astype(np.float32)
+
+
 def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
     near, far = SIZE * 0.27, SIZE * 0.73
     if scene.relation:

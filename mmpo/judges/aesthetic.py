@@ -31,7 +31,7 @@ def aesthetic(
     predictor's own weights, always local. allow_download: with no path, fetch CLIP. Scores are about 1 to 10.
     Raises ValueError when weights are missing or do not fit.
     """
-    mlp = load_head(existing(head, "aesthetic (head)", HEAD)).to(device)
+    mlp = load_head(existing(head, "aesthetic", HEAD, "head")).to(device)
     clip = load_clip(path, architecture, device, "aesthetic", "openai" if allow_download else None)
 
     def score(captions: list[str], pictures: list[Image.Image]) -> Tensor:

@@ -22,9 +22,11 @@ def dpo(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: flo
     certain labels it is conservative DPO (cDPO). The row's margin is MODPO's and ODPO's: what the chosen side has to
     win by, in units of reward.
 
-    beta: strength of the pull to the reference, per nat, > 0. label_smoothing: in [0, 0.5).
+    beta: strength of the pull to the reference, per nat, > 0. label_smoothing: in [0, 0.5), or ValueError.
     Behaviour checked against the original authors' `preference_loss`.
     """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"dpo.label_smoothing: expected a flip rate in [0, 0.5), got {label_smoothing}")
     logits = beta * (chosen.ratio - rejected.ratio) - chosen.margin
     flipped = 1 - chosen.label + label_smoothing * (2 * chosen.label - 1)
     loss = F.softplus(-logits) + flipped * logits

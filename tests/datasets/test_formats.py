@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-from mmpo import media
+from mmpo import cli, media
+from mmpo.datasets.convert import convert
 from mmpo.datasets.formats.candidates import write_candidates
 from mmpo.datasets.formats.pick_a_pic import write_pick_a_pic
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, load, load_candidates
 from mmpo.datasets.pairing import Candidate
 from mmpo.datasets.validate import validate
-from mmpo.errors import DataError
+from mmpo.errors import DataError, RecipeError
 from mmpo.pair import Pair, image, text
 
 SHARED = Path(os.environ.get("MMPO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -61,7 +63,7 @@ def degraded(photo: np.ndarray) -> list[bytes]:
 
 @pytest.fixture
 def pick(tmp_path: Path, photos: dict[str, np.ndarray]) -> Path:
-    """Pick-a-Pic of 18 good rows, then 5 to be skipped and 12 bad ones."""
+    """Pick-a-Pic of 18 good rows, then 5 to be skipped and 13 bad ones."""
     rows: list[dict[str, Any]] = []
     side = 0
     for caption, photo in photos.items():
@@ -80,28 +82,29 @@ def pick(tmp_path: Path, photos: dict[str, np.ndarray]) -> Path:
     bad: list[dict[str, Any]] = [
         {"caption": None}, {"caption": "  "}, {"label_0": 2.0}, {"label_0": None}, {"label_1": 1.0}, {"label_0": 0.5},
         {"jpg_0": None}, {"jpg_1": b""}, {"jpg_0": b"not an image"}, {"jpg_1": best[: len(best) // 2]},
-        {"jpg_0": gif.getvalue()}, {"label_0": float("nan")},
+        {"jpg_0": gif.getvalue()}, {"label_0": float("nan")}, {"weight": -1.0},
     ]  # fmt: skip
     rows += [{**row, **change} for change in (*skipped, *bad)]
-    columns = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "are_different", "has_label"]
+    columns = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "are_different", "has_label", "weight"]
     path = tmp_path / "pick.parquet"
     pq.write_table(pa.Table.from_pylist([{c: r.get(c) for c in columns} for r in rows]), path)
     return path
 
 
 SKIPPED = {"tie": 2, "identical sides": 1, "are_different is false": 1, "has_label is false": 1}
-REFUSED = {"missing prompt": 2, "bad label_0": 3, "bad label_1": 2, "missing image": 2, "undecodable image": 3}
+REFUSED = {"missing prompt": 2, "bad label_0": 3, "bad label_1": 2, "missing image": 2, "undecodable image": 3, "bad weight": 1}
 
 
 def test_pick_a_pic_counts_every_row(pick: Path, photos: dict[str, np.ndarray]) -> None:
     pairs, ledger = load(pick, on_bad="skip")
-    assert ledger.rows == 18 + 5 + 12 and ledger.used == len(pairs) == 18
+    assert ledger.rows == 18 + 5 + 13 and ledger.used == len(pairs) == 18
     assert ledger.skipped == SKIPPED and ledger.refused == REFUSED
     assert ledger.examples["tie"] == ["pick.parquet:row 18", "pick.parquet:row 19"]
     for pair in pairs:  # the photograph is always the chosen one
         chosen, rejected = (media.pixels(b).astype(int) for b in (pair.chosen[0], pair.rejected[0]))
         assert abs(chosen - photos[pair.caption]).mean() < abs(rejected - photos[pair.caption]).mean()
-    assert "35 rows = 18 used + 5 skipped + 12 refused" in str(ledger)
+        assert isinstance(pair.chosen[0].data, bytes)  # the file's bytes: pictures are opened one at a time, when needed
+    assert "36 rows = 18 used + 5 skipped + 13 refused" in str(ledger)
 
 
 def test_pick_a_pic_soft_ties(pick: Path) -> None:
@@ -118,9 +121,9 @@ def test_pick_a_pic_refuses_with_file_row_field_expected_and_found(pick: Path) -
 
 def test_validate_lists_everything(pick: Path) -> None:
     report = validate(pick)
-    assert report.format == "pick_a_pic" and report.bad == 12 and report.pairs == 18 and report.prompts == 6
+    assert report.format == "pick_a_pic" and report.bad == 13 and report.pairs == 18 and report.prompts == 6
     lines = report.lines()
-    assert lines[2] == "pick.parquet:row 25 field 'label_0': expected 0, 0.5 or 1, found 2.0"
+    assert lines[2] == "pick.parquet:row 25 field 'label_0': expected a number from 0 to 1, found 2.0"
     assert lines[4] == "pick.parquet:row 27 field 'label_1': expected 0, as label_0 is 1, found 1.0"
     assert "refused 3: undecodable image" in str(report) and "animated, 2 frames" in str(report)
     assert report.ledger.skipped == SKIPPED and report.ledger.refused == REFUSED
@@ -162,12 +165,84 @@ def test_pick_a_pic_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     one = image(picture(1))
     for pair in (
         Pair("u", (text("c"),), (one,)),
-        Pair("s", (text("c"),), (one,), (image(picture(2)),), label=0.8),
+        Pair("s", (text("c"),), (one,), (image(picture(2)),), label=0.3),
         Pair("t", (one,), (one,), (one,)),
     ):
         with pytest.raises(DataError, match=f"pair {pair.id}"):
             write_pick_a_pic([pair], tmp_path / "x.parquet")
-    assert not (tmp_path / "x.parquet").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def rescored(**changes: Any) -> dict[str, Any]:
+    """A row as SmPO's copy of Pick-a-Pic has it: PickScores as lists of one cosine. People preferred image 0."""
+    row = {"caption": "c", "jpg_0": picture(1), "jpg_1": picture(2), "label_0": 1.0, "label_1": 0.0, "ps_label_0": 1}
+    return row | {"ps_score_0": [0.23], "ps_score_1": [0.21]} | changes
+
+
+def test_pick_scores_become_the_published_soft_labels(tmp_path: Path) -> None:
+    """The softmax of both scores, each brought to [0, 1] by the least and greatest of the data, as SmPO's train.py has it."""
+    turned = {"ps_score_0": [0.18], "ps_score_1": [0.24]}
+    rows = [rescored(), rescored(**turned), rescored(ps_score_0=None), rescored(label_0=0.5, label_1=0.5)]
+    pq.write_table(pa.Table.from_pylist([*rows, rescored(ps_score_1=[21.0])]), tmp_path / "ps.parquet")
+    low, high = 0.11543526500463486, 0.28201571106910706
+    normed = [math.exp((score - low) / (high - low)) for score in (0.23, 0.21, 0.24, 0.18)]
+    pairs, ledger = load(tmp_path / "ps.parquet", on_bad="skip")
+    wanted = [normed[0] / (normed[0] + normed[1]), normed[2] / (normed[2] + normed[3]), 1.0]
+    assert [p.label for p in pairs] == pytest.approx(wanted) and wanted[0] < 0.6
+    assert [p.chosen[0].data for p in pairs] == [picture(1), picture(2), picture(1)]  # PickScore overrules people
+    assert [dict(p.scores) for p in pairs[:2]] == [{"chosen": 0.23, "rejected": 0.21}, {"chosen": 0.24, "rejected": 0.18}]
+    assert ledger.skipped == {"tie": 1} and ledger.refused == {"bad ps_score_1": 1}
+    assert "note 2: soft labels" in str(validate(tmp_path / "ps.parquet"))
+
+
+def test_labels_in_between_are_soft_and_come_back(tmp_path: Path) -> None:
+    rows = [rescored(ps_score_0=None, label_0=a, label_1=1 - a) for a in (0.7, 0.2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "soft.parquet")
+    pairs, ledger = load(tmp_path / "soft.parquet")
+    assert [(p.label, p.chosen[0].data) for p in pairs] == [(0.7, picture(1)), (0.8, picture(2))]
+    assert ledger.notes == {"soft labels": 2}
+    write_pick_a_pic(pairs, tmp_path / "again.parquet")
+    assert load(tmp_path / "again.parquet")[0] == pairs
+
+
+def test_convert_round_trip(tmp_path: Path, capsys: Any) -> None:
+    """A folder and its conversion are the same pairs; candidates by path become candidates inside one file, and pairs."""
+    folder(tmp_path / "f", {"chosen/1.png": 1, "rejected/1.png": 2, "chosen/2.png": 3, "rejected/2.png": 4, "chosen/3.png": 5})
+    for stem in "123":
+        (tmp_path / "f" / f"{stem}.txt").write_text(f"caption {stem}")
+    count, ledger = convert(tmp_path / "f", "pick_a_pic", tmp_path / "p.parquet", on_bad="skip")
+    assert count == 2 and ledger.refused == {"missing image": 1}
+
+    def plain(pairs: list[Pair]) -> list[tuple[Any, ...]]:
+        return [(p.id, p.caption, p.chosen[0].digest, p.rejected[0].digest, p.label) for p in pairs]
+
+    assert plain(load(tmp_path / "p.parquet")[0]) == plain(load(tmp_path / "f", on_bad="skip")[0])
+    lines = [{"prompt": "p", "image": f"chosen/{i}.png", "score": i, "seed": i} for i in (1, 2, 3)]
+    (tmp_path / "f" / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["data", "convert", str(tmp_path / "f" / "c.jsonl"), "--from", "candidates", "--to"]
+    assert cli.main([*words, "candidates", "--out", str(tmp_path / "c.parquet")]) == 0
+    assert "3 rows of format candidates\n3 rows = 3 used" in capsys.readouterr().out
+    ((one, *_),) = load_candidates(tmp_path / "c.parquet")[0].values()
+    assert (one.block.data, one.score, one.seed) == (picture(1), 1.0, 1)
+    assert cli.main([*words, "pick_a_pic", "--out", str(tmp_path / "best.parquet")]) == 0
+    assert [p.scores for p in load(tmp_path / "best.parquet")[0]] == [{"chosen": 3.0, "rejected": 1.0}]
+
+
+def test_convert_refuses_what_cannot_be_written(tmp_path: Path) -> None:
+    folder(tmp_path, {"a.png": 1})
+    (tmp_path / "k.csv").write_text("file_path,caption,label\na.png,c,1\n")
+    out = tmp_path / "out.parquet"
+    for to, path, message in (
+        ("ranked", "k.csv", r"no writer for 'ranked' \(there are: candidates, pick_a_pic\)"),
+        ("candidates", "k.csv", "do not say what one picture is worth"),
+        ("pick_a_pic", "k.csv", "holds one text and two images"),
+    ):
+        with pytest.raises(RecipeError if to == "ranked" else DataError, match=message):
+            convert(tmp_path / path, to, out)
+    write_candidates([Candidate((text("p"),), image(picture(1)), 1.0)], out)
+    with pytest.raises(DataError, match="replaced while it is read"):
+        convert(out, "candidates", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "k.csv", "out.parquet"]
 
 
 def folder(root: Path, names: dict[str, int]) -> None:
@@ -180,6 +255,7 @@ def test_image_folder_matched_by_stem(tmp_path: Path) -> None:
     folder(tmp_path, {"chosen/1.png": 1, "rejected/1.PNG": 2, "chosen/2.png": 3, "rejected/2.webp": 60, "chosen/3.png": 5})
     folder(tmp_path, {"chosen/4.png": 6, "chosen/4.jpg": 6, "rejected/4.png": 7, "chosen/5.png": 8, "rejected/5.png": 9})
     folder(tmp_path, {"chosen/6.png": 10, "rejected/6.png": 10})
+    (tmp_path / "chosen" / "7.tiff").write_bytes(b"II*")
     (tmp_path / "1.txt").write_text("one\n")
     lines = [{"file_name": "chosen/2.png", "text": "two"}, {"file_name": "rejected/6.png", "caption": "six"}]
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -188,7 +264,7 @@ def test_image_folder_matched_by_stem(tmp_path: Path) -> None:
     assert [p.caption for p in pairs] == ["one", "two"]
     assert ledger.refused == {"missing image": 1, "two files of one name": 1, "missing prompt": 1}
     assert ledger.skipped == {"identical sides": 1} and ledger.rows == 6
-    assert ledger.notes == {"sides of different size (kept)": 1}
+    assert ledger.notes == {"sides of different size (kept)": 1, "entries of chosen/ that are no image file (ignored)": 1}
     with pytest.raises(DataError, match=r"row 2 \(3\) field 'rejected': expected one file rejected/3"):
         load(tmp_path)
 
@@ -244,8 +320,18 @@ def test_unpaired_csv(tmp_path: Path) -> None:
     assert [(p.caption, bool(p.chosen), bool(p.rejected)) for p in pairs] == [("one, two", True, False), ("b", False, True)]
     expected = {"bad label": 1, "missing prompt": 1, "missing or forbidden path": 1, "unreadable line": 1}
     assert ledger.refused == expected and ledger.rows == 6
-    with pytest.raises(DataError, match="k.csv:line 4 field 'label': expected 0 or 1, found '0.5'"):
+    with pytest.raises(DataError, match="k.csv:line 4 field 'label': expected 0 or 1, .*found '0.5'"):
         load(tmp_path / "k.csv")
+
+
+def test_diffusion_kto_s_own_columns(tmp_path: Path) -> None:
+    folder(tmp_path, {"a.png": 1})
+    words = ["exclusive_win", "intersections", "exclusive_lose", "other"]
+    body = "".join(f"a.png,a {word},{word}\n" for word in words)
+    (tmp_path / "k.csv").write_text("file_name,caption,split\n" + body)
+    pairs, ledger = load(tmp_path / "k.csv", on_bad="skip")
+    assert [(bool(p.chosen), bool(p.rejected)) for p in pairs] == [(True, False), (True, False), (False, True)]
+    assert ledger.refused == {"bad split": 1}
 
 
 def test_candidates_round_trip_and_pairing(tmp_path: Path) -> None:
@@ -257,6 +343,8 @@ def test_candidates_round_trip_and_pairing(tmp_path: Path) -> None:
     assert [p.scores for p in pairs] == [{"chosen": 2.0, "rejected": 0.0}] * 2
     pairs, ledger = load(tmp_path / "c.parquet", strategy="all")
     assert len(pairs) == 10 and ledger.notes == {"pairing dropped, pair: tied scores": 2}
+    groups, ledger = load_candidates(tmp_path / "c.parquet", limit=3)
+    assert [len(g) for g in groups.values()] == [3] and ledger.used == 3  # what is not read is not accounted for as used
     assert validate(tmp_path / "c.parquet").pairs == 8
 
 
@@ -318,7 +406,6 @@ def test_wrong_options_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> Non
 
 def test_an_empty_ledger_prints() -> None:
     assert str(Ledger()) == "0 rows = 0 used + 0 skipped + 0 refused"
-    assert Ledger().as_dict() == {"rows": 0, "used": 0, "skipped": {}, "refused": {}, "notes": {}}
 
 
 @needs_shared

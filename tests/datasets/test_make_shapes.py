@@ -48,37 +48,35 @@ def test_the_share_of_wrong_captions_is_what_was_asked_for() -> None:
     assert not any(judged)
 
 
-SMALL = {"vae_steps": 2, "steps": 3, "pictures": 100, "prompts": 3, "candidates": 2}
+def test_specks_are_seen_by_the_verifier_and_come_in_the_share_asked_for() -> None:
+    clean, dirty = (make_shapes.pictures(200, np.random.default_rng(0), speckled=share) for share in (0.0, 1.0))
+    judged = [
+        [shapes.verify((p.permute(1, 2, 0) / 2 + 0.5).numpy(), c).parts["clean"] for p, c in zip(*drawn, strict=True)]
+        for drawn in (clean, dirty)
+    ]
+    assert np.mean(judged[1]) < np.mean(judged[0]) - 0.2
 
 
-def check(folder: Path) -> None:
+SMALL = {"vae_steps": 2, "steps": 3, "scraped_steps": 2, "pictures": 100, "prompts": 3, "candidates": 2}
+
+
+@pytest.mark.slow
+def test_make_base_writes_a_pipeline_and_candidates(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert cli.main(["make-base", "diffusion", "--out", str(tmp_path), *options]) == 0
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    picture = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images[
-        0
-    ]
+    generator = torch.Generator().manual_seed(0)
+    picture = pipe("a red circle", num_inference_steps=2, generator=generator, output_type="np").images[0]
     assert picture.shape == (shapes.SIZE, shapes.SIZE, 3) and np.isfinite(picture).all()
-    groups, ledger = load_candidates(str(folder / "candidates.parquet"))
+    groups, ledger = load_candidates(str(tmp_path / "candidates.parquet"))
     rows = [c for group in groups.values() for c in group]
     assert len(groups) == 3 and len(rows) == 6, str(ledger)
     assert all(str(c.prompt[0].data) in shapes.captions() and c.score is None for c in rows)
     assert len({c.seed for c in rows}) == 6
     assert all(open_image(c.block).size == (shapes.SIZE, shapes.SIZE) for c in rows)
-
-
-@pytest.mark.slow
-def test_make_writes_a_pipeline_and_candidates(tmp_path: Path) -> None:
-    make_shapes.make(tmp_path, **SMALL)
-    check(tmp_path)
-
-
-@pytest.mark.slow
-def test_make_base_passes_its_options(tmp_path: Path) -> None:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    assert cli.main(["make-base", "diffusion", "--out", str(tmp_path), *options]) == 0
-    check(tmp_path)
 
 
 def test_the_shipped_base_is_loaded_by_plain_diffusers_in_single_precision() -> None:

@@ -28,7 +28,7 @@ GROUPS = st.dictionaries(st.sampled_from("abcd"), SCORES, max_size=4).map(
 NAMES = [s for s in STRATEGIES if s != "margin"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPS, st.sampled_from(NAMES), st.integers(0, 3), st.sampled_from([0.0, 1.0, 2.5]))
 def test_chosen_scores_higher_within_one_prompt(groups, strategy, seed, margin) -> None:
     truth = {c.block.digest + c.prompt[0].digest: c.score for g in groups.values() for c in g}
@@ -41,7 +41,7 @@ def test_chosen_scores_higher_within_one_prompt(groups, strategy, seed, margin) 
     assert len({p.id for p in pairs}) == len(pairs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPS, st.sampled_from(NAMES), st.integers(0, 3), st.randoms(use_true_random=False), st.sampled_from([None, 1, 2]))
 def test_the_order_of_candidates_does_not_matter(groups, strategy, seed, rng: random.Random, limit) -> None:
     shuffled = {p: rng.sample(g, len(g)) for p, g in groups.items()}
@@ -50,14 +50,14 @@ def test_the_order_of_candidates_does_not_matter(groups, strategy, seed, rng: ra
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPS, st.sampled_from(NAMES), st.integers(0, 3))
 def test_prompts_do_not_influence_each_other(groups, strategy, seed) -> None:
     alone = [pair for p, g in groups.items() for pair in pair_up({p: g}, strategy, seed=seed)[0]]
     assert pair_up(groups, strategy, seed=seed)[0] == alone
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCORES, st.sampled_from([0.0, 2.0]), st.sampled_from([None, 1, 4]))
 def test_all_gives_every_strict_pair_and_the_counts_add_up(scores, margin, limit) -> None:
     pairs, drops = pair_up(group(*scores), "all", margin=margin, max_per_prompt=limit)

@@ -222,7 +222,7 @@ def test_without_weights_nothing_is_downloaded(folder: Path, name: str, tmp_path
 
 
 def test_aesthetic_needs_its_head(folder: Path) -> None:
-    with pytest.raises(ValueError, match="aesthetic \\(head\\).*no weights"):
+    with pytest.raises(ValueError, match="judge aesthetic: no weights; set head to LAION.*linearMSE.*pth$"):
         find("judges", "aesthetic")(folder / "clip.safetensors")
 
 

@@ -65,8 +65,11 @@ def test_exo_is_zero_at_its_label() -> None:
     assert exo(side(target, ref=zero), side(zero, ref=zero)).loss.item() == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("loss", "keywords"), [(exo, {"label_smoothing": 0.0}), (robust, {"label_smoothing": 0.5})])
-def test_rates_without_a_finite_loss_are_refused(loss: Callable[..., Losses], keywords: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("loss", "keywords"),
+    [(exo, {"label_smoothing": 0.0}), (robust, {"label_smoothing": 0.5}), (dpo, {"label_smoothing": 0.5})],
+)
+def test_flip_rates_that_mean_nothing_are_refused(loss: Callable[..., Losses], keywords: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="label_smoothing: expected"):
         loss(side(torch.zeros(1), ref=torch.zeros(1)), side(torch.zeros(1), ref=torch.zeros(1)), **keywords)
 

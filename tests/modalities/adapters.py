@@ -26,6 +26,7 @@ def adapter(
     folder: Path, *, draw: dict[str, Any] | None = None, dropout: float = 0.0, cache: Cache | None = None, **model: Any
 ) -> Adapter:
     """The adapter on a checkpoint, with a LoRA of rank 2 unless `model` says otherwise."""
+    torch.manual_seed(0)  # of the LoRA's A
     config = ModelConfig(path=str(folder), **({"lora": {"rank": 2}} | model))
     return Adapter(config, DrawConfig(**(draw or {})), cache or Cache(None), torch.device("cpu"), dropout)
 

@@ -232,9 +232,9 @@ def test_everything_is_encoded_once(checkpoint: Checkpoint, tmp_path: Path) -> N
     vae, words = encoders(ours)
     with calls(vae) as pictures, calls(words) as prompts:
         encoded = ours.encode(pairs)
-        assert sum(pictures) == 4 and sum(prompts) == 3  # two captions and the empty one
+        assert sum(pictures) == 4 and sum(prompts) == 2
         again = ours.encode(pairs)
-        assert sum(pictures) == 4 and sum(prompts) == 3
+        assert sum(pictures) == 4 and sum(prompts) == 2
     assert torch.equal(encoded[0].latents["chosen"], encoded[1].latents["rejected"])
     assert torch.equal(encoded[2].latents["rejected"], again[2].latents["rejected"])
     later = adapter(checkpoint(), cache=Cache(tmp_path / "encoded.sqlite"))
@@ -274,6 +274,23 @@ def test_a_sampled_latent_belongs_to_its_picture(checkpoint: Checkpoint) -> None
         assert not torch.allclose(together[2].latents[branch], mode[2].latents[branch], atol=1e-4)
     noise = [(t.latents["chosen"] - m.latents["chosen"]) for t, m in zip(together, mode, strict=True)]
     assert not torch.allclose(noise[0], noise[1], atol=1e-3)
+
+
+def test_classes_without_a_null_class(tmp_path: Path) -> None:
+    """They need one for dropped prompts and for guidance, and for nothing else."""
+    folder = tiny.make("unet", tmp_path)
+    (folder / "labels.json").unlink()
+    pairs = [Pair("p", (text("3"),), (picture(0),), (picture(1),))]
+    ours = adapter(folder, adapter="full", guidance=1, sample_steps=2)
+    assert drawn(ours, pairs).condition["class_labels"].tolist() == [3, 3]
+    assert len(ours.sample(ours.model, [pairs[0].prompt], [0])) == 1 and len(ours.encode(ours.dummy())) == 2
+    guided = adapter(folder, adapter="full", guidance=2, sample_steps=2)
+    for refused in (
+        lambda: guided.sample(guided.model, [pairs[0].prompt], [0]),
+        lambda: adapter(folder, adapter="full", dropout=0.1).encode(pairs),
+    ):
+        with pytest.raises(ValueError, match="no null class"):
+            refused()
 
 
 # Precision and sampling ------------------------------------------------------------------------------------------------

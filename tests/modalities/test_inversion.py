@@ -115,6 +115,8 @@ def test_a_batch_is_its_rows_one_by_one(target: str, mode: str, eta: float, chec
     ours = opened(folder, mode, inversion_eta=eta)
     batch = drawn(ours)
     assert len(set(batch.t.tolist())) >= 3, "the rows have to stop at different levels"
+    reached = batch.t[:4] if target == "flow" else batch.t[:4] / 1000
+    torch.testing.assert_close(batch.time, reached.float().clamp(max=1 - 1e-6))
     latents = {b: [e.latents[b] for e in ours.encode(make_pairs(4))] for b in ours.branches}
     for row in range(8):
         pair, branch = row % 4, ours.branches[row // 4]

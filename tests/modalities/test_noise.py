@@ -54,7 +54,7 @@ def test_noise_and_target_are_the_schedulers(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v", "x0", "flow"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(u=st.floats(0.01, 0.99), seed=st.integers(0, 99), rank=st.integers(0, 4))
 def test_native_errors_convert_to_eps_errors(target: str, u: float, seed: int, rank: int) -> None:
     """Table 1.2: at the same x_t, weight * native squared error = squared error of the implied noise."""

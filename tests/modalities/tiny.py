@@ -74,7 +74,7 @@ def ddim(**changes: Any) -> D.DDIMScheduler:
     return D.DDIMScheduler(**(settings | {"set_alpha_to_one": True, "steps_offset": 1} | changes))
 
 
-def _unet(**changes: Any) -> D.UNet2DConditionModel:
+def unet(**changes: Any) -> D.UNet2DConditionModel:
     settings: dict[str, Any] = {
         "sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -85,20 +85,20 @@ def _unet(**changes: Any) -> D.UNet2DConditionModel:
 
 def _sd(folder: Path, overrides: dict[str, Any]) -> Any:
     parts = {
-        "vae": kl(), "text_encoder": clip(), "tokenizer": clip_tokenizer(folder / "tokenizer"), "unet": _unet(),
+        "vae": kl(), "text_encoder": clip(), "tokenizer": clip_tokenizer(folder / "tokenizer"), "unet": unet(),
         "scheduler": ddim(), "safety_checker": None, "feature_extractor": None,
     } | overrides  # fmt: skip
     return D.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def _sdxl(folder: Path, overrides: dict[str, Any]) -> Any:
-    unet = _unet(
+    denoiser = unet(
         cross_attention_dim=64, transformer_layers_per_block=(1, 2), addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32, use_linear_projection=True,
     )  # fmt: skip
     tokenizer = clip_tokenizer(folder / "tokenizer")
     parts = {
-        "vae": kl(scaling_factor=0.13025), "text_encoder": clip(), "text_encoder_2": clip(projection=True), "unet": unet,
+        "vae": kl(scaling_factor=0.13025), "text_encoder": clip(), "text_encoder_2": clip(projection=True), "unet": denoiser,
         "tokenizer": tokenizer, "tokenizer_2": tokenizer, "scheduler": ddim(),
     } | overrides  # fmt: skip
     return D.StableDiffusionXLPipeline(**parts, add_watermarker=False)

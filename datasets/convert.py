@@ -1,0 +1,49 @@
+"""Rewrites a dataset in another format, its pictures inside it, with an account of every row."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.load import ROOM, detect, pairs, rows
+from mmpo.errors import DataError, RecipeError
+from mmpo.find import names, nearest
+
+
+def convert(
+    path: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    root: str | Path | None = None,
+    ties: Literal["drop", "soft"] = "drop",
+    on_bad: Literal["refuse", "skip"] = "refuse",
+) -> tuple[int, Ledger]:
+    """Write the rows of `path` to the file `out` in the format `to`; returns the number of rows written and the ledger.
+
+    Pairs go to any format of pairs; scored candidates as well, the best against the worst of each prompt. The other way
+    there is none: `to="candidates"` takes candidates only. format, root, ties, on_bad: see `mmpo.datasets.load.load`.
+    Raises RecipeError for a format that nothing writes, DataError for rows it cannot hold, and at the first bad row unless
+    on_bad is "skip"; `out` is then left as it was.
+    """
+    found = {name: writer for name in names(ROOM) if (writer := _writer(name))}
+    if to not in found:
+        raise RecipeError(f"no writer for {to!r} (there are: {', '.join(found)}){nearest(to, found)}")
+    if Path(out).exists() and Path(out).samefile(path):
+        raise DataError(f"{out}: would be replaced while it is read; give another file")
+    ledger, source = Ledger(on_bad), format or detect(path)
+    if to != "candidates":
+        items = pairs(path, ledger, format=source, root=root, ties=ties)
+    elif source == "candidates":
+        items = rows(path, ledger, format=source, root=root)
+    else:
+        raise DataError(f"{path}: pairs of format {source} do not say what one picture is worth, as candidates have to")
+    return found[to](items, Path(out)), ledger
+
+
+def _writer(name: str) -> Any:
+    """`write_<name>` of a format's file, if it has one."""
+    return getattr(importlib.import_module(f"mmpo.{ROOM}.{name}"), f"write_{name}", None)

@@ -1,0 +1,139 @@
+"""A run's start and end: whose folder it is, what is refused before the first step, and what a finished run answers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from mmpo import cli, launch
+from mmpo.errors import MissingExtra, RecipeError, RunFailed
+from mmpo.objective import Objective, make_term
+from mmpo.runlog import read
+from mmpo.schema import Recipe
+from tests.tiny_run import line_pairs, line_run, load, make_world, settings
+
+SHORT = ("train.steps=2", "train.save_every=1", "train.lr=2e-2", "eval.every=2")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first run's settings for the whole process."""
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny world in which one run has finished, without a judge."""
+    found = make_world(tmp_path_factory.mktemp("world"))
+    launch.run(load(found, found / "run", *SHORT))
+    return found
+
+
+def test_a_finished_run_says_so_and_is_left_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, report = (world / "run" / name for name in ("log.jsonl", "report.html"))
+    before, stamp = log.read_bytes(), (world / "run" / "checkpoints" / "CURRENT").stat().st_mtime_ns
+    report.unlink()  # killed between the summary and the report
+    words = settings(world, world / "run", *SHORT)
+    assert cli.main(["train", "--modality", "diffusion", *words]) == 0
+    assert "is finished: No judge was given" in capsys.readouterr().out and report.is_file()
+    assert log.read_bytes() == before and (world / "run" / "checkpoints" / "CURRENT").stat().st_mtime_ns == stamp
+
+
+def test_another_recipe_does_not_continue_a_run_unless_it_is_told_to(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--modality", "diffusion", *settings(world, world / "run", *SHORT, "train.lr=1e-2", "seed=4")]
+    kept = (world / "run" / "recipe.yaml").read_bytes()
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "different: seed, train.lr." in said and "--allow-drift seed --allow-drift train.lr" in said
+    assert cli.main([*words, "--allow-drift", "seed"]) == 2 and "different: train.lr." in capsys.readouterr().err
+    assert (world / "run" / "recipe.yaml").read_bytes() == kept
+    assert cli.main([*words, "--allow-drift", "seed", "--allow-drift", "train.lr"]) == 0
+    assert yaml.safe_load((world / "run" / "recipe.yaml").read_text())["seed"] == 4
+    (world / "run" / "recipe.yaml").write_bytes(kept)
+
+
+def test_a_recipe_that_was_wrong_is_corrected_in_the_same_folder(
+    tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss without its reference is refused before a model is loaded, and the folder is not taken."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "build", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(ValueError, match=r"loss \w+ needs ref: set reference.kind"):
+            launch.run(load(world, tmp_path / "run", "reference.kind=none"))
+    launch._claim(tmp_path / "run", load(world, tmp_path / "run"))
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["reference"]["kind"] == "start"
+
+
+def test_the_same_recipe_finds_its_own_folder(world: Path) -> None:
+    one, same, other = (launch._default_folder(load(world, Path("x"), *more)) for more in ((), ("seed=0",), ("seed=1",)))
+    assert one == same != other and one.startswith("runs/diffusion-")
+
+
+def test_a_tracker_that_is_not_installed_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"wandb is not installed; .*mmpo\[track\]"):
+        launch.require_trackers(["wandb"])
+
+
+def test_the_self_check_refuses_a_policy_that_is_not_its_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = line_run(tmp_path)
+    run.modality.describe = lambda beta: f"beta {beta}"  # type: ignore[method-assign]
+    launch.self_check(run)
+    assert "margin exactly 0, loss 0.693147" in capsys.readouterr().out
+    with torch.no_grad():
+        next(run.model.parameters()).mul_(1 + 1e-5)
+    with pytest.raises(RunFailed, match=r"differ before the first step: reward margin .* on pair \d+, expected exactly 0"):
+        launch.self_check(run)
+    bad = line_pairs(24)
+    bad[3] = line_pairs(4, weight=float("nan"))[3]
+    run = line_run(tmp_path / "bad", bad, batch_size=24)
+    run.modality.describe = lambda beta: ""  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match="the loss of pair 3 is not finite before the first step"):
+        launch.self_check(run)
+    assert read(run.log.path) == []
+
+
+def test_unpaired_rows_need_an_unpaired_loss() -> None:
+    half = [*line_pairs(1), *(p.__class__(p.id, p.prompt, (), p.rejected) for p in line_pairs(2)[1:])]
+    with pytest.raises(RecipeError, match="row 1 has no chosen side, which dpo needs; for unpaired rows use loss: kto"):
+        launch._check_pairs(Objective([make_term("dpo")]), half)
+    launch._check_pairs(Objective([make_term("kto")]), half)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", "AdamW"), ("adafactor", "Adafactor"), ("sgd", "SGD")])
+def test_optimizers_train_what_is_trainable_only(name: str, expected: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
+    recipe = Recipe.model_validate({"train": {"optimizer": name, "lr": 0.5, "weight_decay": 0.25}})
+    (group,) = (made := launch.make_optimizer(recipe, model)).param_groups
+    assert type(made).__name__ == expected and (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert {id(p) for p in group["params"]} == {id(p) for p in model[0].parameters()}
+
+
+def summary(low: float, high: float, **more: Any) -> dict[str, Any]:
+    win = {"value": (low + high) / 2, "low": low, "high": high, "n": 24}
+    samples = {"base": {"score": 0.5}, "aligned": {"score": 0.625}}
+    return {"heldout_pair_accuracy": 0.75, "best_step": 40, "steps": 60, "win_rate": win, **samples, **more}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (summary(0.51, 0.89), "Aligned beats base: win rate 0.70 (95 % interval 0.51 to 0.89, n = 24) on held-out prompts"),
+        (summary(0.5, 0.9), "No clear difference between aligned and base: "),
+        (summary(0.1, 0.49), "Aligned is worse than base: "),
+        (summary(0.1, 0.5), "No clear difference"),
+        (summary(0.6, 0.9, heldout_pair_accuracy=None), "no held-out pairs; best step 40 of 60."),
+        ({"heldout_pair_accuracy": 0.75, "best_step": 40}, "No judge was given, so samples were not compared; held-out pairs"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_the_interval_allows(found: dict[str, Any], said: str) -> None:
+    assert said in launch.verdict(found)

@@ -1,0 +1,108 @@
+"""From rows to pairs that train and pairs that do not: nothing in both, nothing lost, and the same split for ever."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmpo.datasets.formats.candidates import write_candidates
+from mmpo.datasets.pairing import Candidate
+from mmpo.errors import DataError
+from mmpo.judging import JudgeResult
+from mmpo.pair import image, text
+from mmpo.prepare import Prepared, is_heldout, pair_candidates, prepare
+from mmpo.schema import Recipe
+
+
+def candidates(prompts: int = 40, scores: tuple[float | None, ...] = (0.0, 1.0, 2.0)) -> list[Candidate]:
+    def picture(value: int) -> Any:
+        return image(np.full((4, 4, 3), value, np.uint8))
+
+    pairs = [(p, k) for p in range(prompts) for k in range(len(scores))]
+    return [Candidate((text(f"prompt {p}"),), picture(3 * p + k), scores[k], k) for p, k in pairs]
+
+
+def recipe(path: Path, **data: Any) -> Recipe:
+    pairing = data.pop("pairing", {"strategy": "all"})
+    given = {"path": str(path), "heldout": 0.3, "pairing": pairing, **data}
+    return Recipe.model_validate({"data": given, "eval": {"prompts": 3, "test_prompts": 4, "pairs": 1000}})
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    write_candidates(candidates(), found)
+    return found
+
+
+def captions(found: Prepared) -> tuple[set[str], set[str]]:
+    return {p.caption for p in found.train}, {p.caption for p in found.heldout}
+
+
+def test_every_pair_is_on_one_side_and_prompts_are_disjoint(path: Path) -> None:
+    found = prepare(recipe(path), "", None)
+    train, heldout = captions(found)
+    assert len(found.train) + len(found.heldout) == 40 * 3 == found.account["pairs"] and not train & heldout
+    assert found.account["heldout"] == len(found.heldout) and "120 rows" in found.account["rows"]
+    select, test = ({str(b.data) for p in prompts for b in p} for prompts in (found.select, found.test))
+    assert len(select) == 3 and len(test) == 4 and not select & test and select | test <= heldout
+    assert {str(b.data) for p in found.train_prompts for b in p} == train
+
+
+def test_the_split_survives_new_rows_other_orders_and_other_seeds(path: Path, tmp_path: Path) -> None:
+    before = captions(prepare(recipe(path), "", None))
+    write_candidates([*candidates(60)[::-1]], tmp_path / "more.parquet")
+    changed = recipe(tmp_path / "more.parquet").model_copy(update={"seed": 9})
+    after = captions(prepare(changed, "", None))
+    assert before[0] <= after[0] and before[1] <= after[1] and len(after[0] | after[1]) == 60
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.text(min_size=1))
+def test_a_larger_share_holds_out_the_same_prompts_and_more(one: float, other: float, prompt: str) -> None:
+    low, high = sorted((one, other))
+    assert is_heldout((text(prompt),), low) <= is_heldout((text(prompt),), high)
+    assert not is_heldout((text(prompt),), 0) and is_heldout((text(prompt),), 1)
+
+
+def test_the_share_is_about_what_was_asked_for() -> None:
+    share = np.mean([is_heldout((text(str(i)),), 0.2) for i in range(4000)])
+    assert abs(share - 0.2) < 0.025  # four standard errors
+
+
+def test_only_unscored_candidates_are_judged() -> None:
+    asked: list[int] = []
+
+    def judge(prompts: Any, answers: Any) -> JudgeResult:
+        asked.append(len(answers))
+        return JudgeResult(torch.tensor([float(a[0].data.mean()) for a in answers], dtype=torch.float64))
+
+    rows = candidates(1, (5.0, None, None))  # pictures of brightness 0, 1 and 2
+    pairs, dropped = pair_candidates(recipe(Path()), rows, judge)
+    assert asked == [2] and {(p.scores["chosen"], p.scores["rejected"]) for p in pairs} == {(5, 1), (5, 2), (2, 1)}
+    with pytest.raises(DataError, match="2 of 3 candidates carry no score, and there is no judge: set judge.name"):
+        pair_candidates(recipe(Path()), rows, None)
+    with pytest.raises(DataError, match="set data.pairing, e.g. pairing: {strategy: best_worst}"):
+        pair_candidates(recipe(Path(), pairing=None), rows, judge)
+
+
+def test_a_temperature_makes_bradley_terry_labels() -> None:
+    spec = {"strategy": "best_worst", "temperature": 0.5}
+    (pair,), _ = pair_candidates(recipe(Path(), pairing=spec), candidates(1), None)
+    assert pair.label == pytest.approx(1 / (1 + math.exp(-2 / 0.5)))
+    (pair,), _ = pair_candidates(recipe(Path(), pairing={"strategy": "best_worst"}), candidates(1), None)
+    assert pair.label == 1
+
+
+def test_nothing_to_train_on_is_told_with_the_reasons(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no pairs to train on \(0 pairs.*dropped: \{.*margin.*\}"):
+        prepare(recipe(path, pairing={"strategy": "all", "margin": 9}), "", None)
+    write_candidates(candidates(1), tmp_path / "one.parquet")
+    assert not is_heldout((text("prompt 0"),), 0.3)
+    assert prepare(recipe(tmp_path / "one.parquet"), "", None).heldout == []
