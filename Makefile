@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help train test fast lint clean
 .DELETE_ON_ERROR:
@@ -15,11 +16,11 @@ train: $(VENV)/installed
 	$(BIN)/mmpo train --modality diffusion $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 fast: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

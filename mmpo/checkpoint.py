@@ -130,7 +130,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: d
     _check_arguments(step, tensors, keep)
     state = _json({"step": step, "meta": meta})
     folder.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(folder)
+    clear_leftovers(folder)
     temporary = folder / f".step-{step:06d}.tmp-{os.getpid()}"
     try:
         final = _commit(temporary, _build(temporary, step, tensors, state))
@@ -208,12 +208,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(gone)
 
 
-def _clear_leftovers(folder: Path) -> None:
-    for path in folder.glob(".*.tmp-*"):
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written under a folder. Only the holder of the run's lock may."""
+    for path in sorted(folder.rglob(".*.tmp-*")):  # a folder comes before what is in it
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str | int]:

@@ -48,6 +48,7 @@ def run(resolved: Resolved) -> int:
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
     with checkpoint.RunLock(folder) if main else contextlib.nullcontext():
         if main:
+            checkpoint.clear_leftovers(folder)
             _claim(folder, resolved)
         if (folder / "summary.json").exists():
             told = json.loads((folder / "summary.json").read_text())["verdict"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ def test_a_finished_run_says_so_and_is_left_alone(world: Path, capsys: pytest.Ca
     assert cli.main(["train", "--modality", "diffusion", *words]) == 0
     assert "is finished: No judge was given" in capsys.readouterr().out and report.is_file()
     assert log.read_bytes() == before and (world / "run" / "checkpoints" / "CURRENT").stat().st_mtime_ns == stamp
+
+
+def test_what_a_kill_left_half_written_is_removed(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    (tmp_path / "run" / "best" / ".policy.safetensors.tmp-1").write_bytes(b"half")
+    assert launch.run(load(world, tmp_path / "run", *SHORT)) == 0
+    assert not list((tmp_path / "run").rglob(".*.tmp-*"))
 
 
 def test_another_recipe_does_not_continue_a_run_unless_it_is_told_to(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
