@@ -29,7 +29,8 @@ from mmpo.train import Run
 from tests.modalities.tiny import make
 
 SMALL = (
-    "objective=[{loss: dpo, beta_dpo: 1000}]", "model.resolution=32", "model.sample_steps=2", "model.guidance=1", "data.pairing={strategy: all}", "data.heldout=0.3",
+    "objective=[{loss: dpo, beta_dpo: 1000}]", "model.resolution=32", "model.sample_steps=2", "model.guidance=1",
+    "data.pairing={strategy: all}", "data.heldout=0.3",
     "train.batch_size=4", "train.lr=1e-3", "train.save_every=5", "eval.every=5", "eval.prompts=2", "eval.seeds=1",
     "eval.draws=1", "eval.test_prompts=2", "eval.test_seeds=1",
 )  # fmt: skip
