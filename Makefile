@@ -17,7 +17,7 @@ train: $(VENV)/installed
 
 test: lint
 	$(PYTEST) -n auto --maxprocesses 4 -m "not slow and not gpu" $(ARGS)
-	$(PYTEST) -m "slow and not gpu" $(ARGS)
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 fast: $(VENV)/installed-dev
 	$(PYTEST) -n auto --maxprocesses 4 -m "not slow and not gpu" $(ARGS)

@@ -6,7 +6,8 @@ import importlib
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpo.datasets.ledger import Ledger
+from mmpo.checkpoint import write_atomic
+from mmpo.datasets.ledger import Ledger, Policy
 from mmpo.datasets.load import ROOM, detect, pairs, rows
 from mmpo.errors import DataError, RecipeError
 from mmpo.find import names, nearest
@@ -20,14 +21,14 @@ def convert(
     format: str | None = None,
     root: str | Path | None = None,
     ties: Literal["drop", "soft"] = "drop",
-    on_bad: Literal["refuse", "skip"] = "refuse",
+    on_bad: Policy = "refuse",
 ) -> tuple[int, Ledger]:
     """Write the rows of `path` to the file `out` in the format `to`; returns the number of rows written and the ledger.
 
     Pairs go to any format of pairs; scored candidates as well, the best against the worst of each prompt. The other way
     there is none: `to="candidates"` takes candidates only. format, root, ties, on_bad: see `mmpo.datasets.load.load`.
-    Raises RecipeError for a format that nothing writes, DataError for rows it cannot hold, and at the first bad row unless
-    on_bad is "skip"; `out` is then left as it was.
+    Raises RecipeError for a format that nothing writes, DataError for rows it cannot hold, and at the first bad row where
+    on_bad is "refuse"; `out` is then left as it was. "quarantine" writes the bad rows to `<out>.quarantine.jsonl`.
     """
     found = {name: writer for name in names(ROOM) if (writer := _writer(name))}
     if to not in found:
@@ -41,7 +42,10 @@ def convert(
         items = rows(path, ledger, format=source, root=root)
     else:
         raise DataError(f"{path}: pairs of format {source} do not say what one picture is worth, as candidates have to")
-    return found[to](items, Path(out)), ledger
+    count = found[to](items, Path(out))
+    if ledger.quarantined:
+        write_atomic(Path(f"{out}.quarantine.jsonl"), ledger.quarantine())
+    return count, ledger
 
 
 def _writer(name: str) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmpo import media
-from mmpo.datasets.ledger import BadField, Ledger, Row, Skip
+from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, TextRow
 from mmpo.datasets.pairing import pair_id
 from mmpo.errors import DataError
 from mmpo.pair import Block, Pair, image, text
+
+MAX_TEXT = 1_000_000  # characters of a prompt
 
 
 def shown(value: Any) -> str:
@@ -25,23 +28,69 @@ def shown(value: Any) -> str:
 
 
 def text_field(row: Row, *names: str) -> str:
-    """The first of the named fields that the row has: text that is not blank."""
-    value = next((row[n] for n in names if row.get(n) is not None), None)
-    if not isinstance(value, str) or not value.strip():
-        raise BadField(names[0], "text that is not empty", shown(value), "missing prompt")
+    """The first of the named fields that the row has: text that is not blank, and that UTF-8 can hold."""
+    name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise BadField(name, "text that is not empty", shown(value), "missing prompt")
+    if not isinstance(value, str):
+        raise BadField(name, "text", shown(value), f"wrong type of {name}")
+    if len(value) > MAX_TEXT:
+        raise BadField(name, f"at most {MAX_TEXT} characters", f"{len(value)}", "too long")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadField(name, "Unicode text", f"half a surrogate pair at character {error.start}", "not Unicode") from None
     return value
 
 
 def number_field(row: Row, name: str, default: float | None = None, least: float = -math.inf) -> float:
     """A finite number, at least `least`; `default` when the row has none (an error without a default)."""
     value = row.get(name)
-    if value is None and default is not None:
+    if value is None:
+        if default is None:
+            raise BadField(name, "a finite number", "nothing", f"missing {name}")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BadField(name, "a finite number", shown(value))
-    if value < least:
+    found = finite(value, name, isinstance(row, TextRow))
+    if found < least:
         raise BadField(name, f"at least {least:g}", shown(value))
-    return float(value)
+    return found
+
+
+def finite(value: Any, name: str, written: bool = False) -> float:
+    """A value that has to be a finite number; written: as text, as the cells of CSV are."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str) if written else (int, float)):
+        raise BadField(name, "a finite number", shown(value), f"wrong type of {name}")
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = math.inf
+    except ValueError:
+        raise BadField(name, "a finite number", shown(value), f"wrong type of {name}") from None
+    if not math.isfinite(found):
+        raise BadField(name, "a finite number", shown(value), f"{name} not finite")
+    return found
+
+
+def whole_field(row: Row, name: str, default: int) -> int:
+    """A whole number of 64 bits; `default` when the row has none."""
+    value = row.get(name)
+    if isinstance(row, TextRow) and value is not None and re.fullmatch(r"[+-]?\d{1,19}", value):
+        value = int(value)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise BadField(name, "a whole number of 64 bits", shown(value))
+    return value
+
+
+def flag_field(row: Row, name: str) -> bool | None:
+    """True, false, or None when the row does not say."""
+    value = row.get(name)
+    if isinstance(row, TextRow) and isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if value is not None and not isinstance(value, bool):
+        raise BadField(name, "true or false", shown(value), f"wrong type of {name}")
+    return value
 
 
 def image_field(row: Row, name: str, root: Path) -> Block:
@@ -54,13 +103,15 @@ def image_field(row: Row, name: str, root: Path) -> Block:
 
 def image_block(value: Any, name: str, root: Path) -> Block:
     """The Block of image bytes or of a path under `root`. Raises BadField when there is no decodable image."""
-    if not value or not isinstance(value, (bytes, str)):
+    if value is not None and not isinstance(value, (bytes, str)):
+        raise BadField(name, "an image", shown(value), f"wrong type of {name.partition('[')[0]}")
+    if not value:
         raise BadField(name, "an image (bytes, or a path under the dataset root)", shown(value), "missing image")
     if isinstance(value, str):
         try:
             block = image(media.read(root, value), value)
-        except DataError as error:
-            raise BadField(name, "a file under the dataset root", str(error), "missing or forbidden path") from error
+        except media.ForbiddenPath as error:
+            raise BadField(name, "a file under the dataset root", str(error), error.reason) from error
     else:
         block = image(value)
     try:
@@ -87,5 +138,6 @@ def list_field(row: Row, name: str, length: int | None = None) -> Sequence[Any]:
     value = row.get(name)
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         expected = "a list" if length is None else f"a list of {length}"
-        raise BadField(name, expected, shown(value) if not isinstance(value, (list, tuple)) else f"a list of {len(value)}")
+        found = f"a list of {len(value)}" if isinstance(value, (list, tuple)) else shown(value)
+        raise BadField(name, expected, found, f"missing {name}" if value is None else None)
     return value

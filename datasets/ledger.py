@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from mmpo.errors import DataError
 
 Row = Mapping[str, Any]
+Policy = Literal["refuse", "skip", "quarantine"]
 EXAMPLES = 3
 MAX_PROBLEMS = 1000
+MAX_KEPT = 2000  # characters of one value in quarantine: its location leads to the whole of it
 T = TypeVar("T")
 
 
+class TextRow(dict[str, Any]):
+    """A row whose cells have no type, as in CSV: text, or None where empty. Numbers are read from the text."""
+
+
 class BadField(Exception):
-    """One field of a row is not what the format promises."""
+    """One field of a row is not what the format promises. raw: the text of a row that could not be read."""
+
+    raw: str | bytes | None = None
 
     def __init__(self, name: str, expected: str, found: str, reason: str | None = None) -> None:
         super().__init__(f"field '{name}': expected {expected}, found {found}")
@@ -31,22 +41,24 @@ class Skip(Exception):
 class Ledger:
     """Counts of rows and, by reason, where the first few are.
 
-    on_bad: "refuse" raises DataError at the first bad row; "skip" counts it and goes on.
+    on_bad: "refuse" raises DataError at the first bad row; "skip" counts it and goes on; "quarantine" also keeps it, as one
+    JSON object with its location, reason, problem and content in `quarantined`.
     notes: what happened inside used rows (e.g. "tied pair dropped"); they are no rows and not part of the sum.
     problems: one line per bad row, `file:row N field 'x': expected ..., found ...`, the first 1,000 of them.
     """
 
-    on_bad: Literal["refuse", "skip"] = "refuse"
+    on_bad: Policy = "refuse"
     used: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.on_bad not in ("refuse", "skip"):
-            raise ValueError(f"on_bad: expected 'refuse' or 'skip', found {self.on_bad!r}")
+        if self.on_bad not in get_args(Policy):
+            raise ValueError(f"on_bad: expected one of {', '.join(get_args(Policy))}, found {self.on_bad!r}")
 
     @property
     def rows(self) -> int:
@@ -57,7 +69,7 @@ class Ledger:
         self.skipped[reason] += 1
         self._example(where, reason)
 
-    def refuse(self, where: str, problem: BadField) -> None:
+    def refuse(self, where: str, problem: BadField, row: Row | None = None) -> None:
         """Count a bad row. Raises DataError when on_bad is "refuse"."""
         message = f"{where} {problem}"
         if self.on_bad == "refuse":
@@ -66,6 +78,27 @@ class Ledger:
         self._example(where, problem.reason)
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(message)
+        if self.on_bad == "quarantine":
+            entry = {"where": where, "reason": problem.reason, "problem": str(problem)}
+            self.quarantined.append(json.dumps(entry | {"row": kept(problem.raw if row is None else row)}))
+
+    def check_budget(self, share: float) -> None:
+        """Raises DataError when more than this share of the rows is bad."""
+        bad = self.refused.total()
+        if bad and bad / self.rows > share:
+            raise DataError(
+                f"{bad} of {self.rows} rows are bad ({bad / self.rows:.3%}), data.bad_budget allows {share:.3%}; "
+                f"`mmpo data validate` lists them\n{self}"
+            )
+
+    def counts(self) -> dict[str, Any]:
+        """The account as numbers: rows, used, and skipped, refused and notes by reason."""
+        by_reason = {name: dict(sorted(getattr(self, name).items())) for name in ("skipped", "refused", "notes")}
+        return {"rows": self.rows, "used": self.used} | by_reason
+
+    def quarantine(self) -> bytes:
+        """The bad rows that were kept, as JSON lines."""
+        return "".join(f"{line}\n" for line in self.quarantined).encode()
 
     def _example(self, where: str, reason: str) -> None:
         if len(self.examples[reason]) < EXAMPLES:
@@ -80,20 +113,48 @@ class Ledger:
         return "\n".join(lines + [f"  note {count}: {reason}" for reason, count in sorted(self.notes.items())])
 
 
+def kept(value: Any) -> Any:
+    """A value of a bad row as JSON: long text cut, bytes as their length and hash, anything else as its representation."""
+    if isinstance(value, Mapping):
+        return {str(k)[:MAX_KEPT]: kept(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [kept(v) for v in value[:MAX_KEPT]]
+    if isinstance(value, bytes):
+        return {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()}
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    written = value if isinstance(value, str) else repr(value)
+    return written if len(written) <= MAX_KEPT else f"{written[:MAX_KEPT]}... ({len(written)} characters)"
+
+
 def import_rows(rows: Iterable[tuple[str, Row | BadField]], parse: Callable[[Row], list[T]], ledger: Ledger) -> Iterator[T]:
     """Run `parse` over every (location, row) and account for it; a reader passes a row it could not read as a BadField.
 
-    parse: returns what the row yields, or raises Skip or BadField.
+    parse: returns what the row yields, or raises Skip or BadField. A row whose own `id` a used row has already is bad.
     """
+    places: dict[str, str] = {}
     for where, row in rows:
         try:
             if isinstance(row, BadField):
                 raise row
             items = parse(row)
+            _claim_id(row, where, places)
         except Skip as reason:
             ledger.skip(where, str(reason))
         except BadField as problem:
-            ledger.refuse(where, problem)
+            ledger.refuse(where, problem, None if isinstance(row, BadField) else row)
         else:
             ledger.used += 1
             yield from items
+
+
+def _claim_id(row: Row, where: str, places: dict[str, str]) -> None:
+    """Only rows that are used claim their id, so that the counts are the same in every order of the rows."""
+    own = row.get("id")
+    if own is None:
+        return
+    if isinstance(own, bool) or not isinstance(own, (str, int)):
+        raise BadField("id", "text or a whole number", type(own).__name__, "wrong type of id")
+    if str(own) in places:
+        raise BadField("id", f"an id of its own ({places[str(own)]} has this one)", repr(str(own)[:60]), "duplicate id")
+    places[str(own)] = where

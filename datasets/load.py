@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.ledger import Ledger, Policy
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.datasets.tables import columns_of, kind_of
 from mmpo.errors import DataError
@@ -73,13 +73,15 @@ def pairs(
 def load(
     path: str | Path,
     *,
-    on_bad: Literal["refuse", "skip"] = "refuse",
+    on_bad: Policy = "refuse",
+    bad_budget: float = 1.0,
     limit: int | None = None,
     **options: Any,
 ) -> tuple[list[Pair], Ledger]:
     """The pairs of a dataset, and the ledger of its rows.
 
-    on_bad: "refuse" raises DataError at the first bad row, "skip" counts bad rows. limit: stop after so many pairs.
+    on_bad: "refuse" raises DataError at the first bad row, "skip" counts bad rows, "quarantine" keeps them in the ledger, too.
+    bad_budget: DataError when more than this share of the rows read is bad. limit: stop after so many pairs.
     options are those of `pairs`. format: a file of datasets/formats, by default detected. root: the folder that paths in
     rows start from, by default the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5.
     strategy, margin, seed: how candidates are paired (see mmpo.datasets.pairing), which also refuses unscored ones.
@@ -87,15 +89,24 @@ def load(
     occurs again gets the id `<id>#2`.
     """
     ledger = Ledger(on_bad)
-    return list(itertools.islice(pairs(path, ledger, **options), limit)), ledger
+    found = list(itertools.islice(pairs(path, ledger, **options), limit))
+    ledger.check_budget(bad_budget)
+    return found, ledger
 
 
 def load_candidates(
-    path: str | Path, *, root: str | Path | None = None, on_bad: Literal["refuse", "skip"] = "refuse", limit: int | None = None
+    path: str | Path,
+    *,
+    root: str | Path | None = None,
+    on_bad: Policy = "refuse",
+    bad_budget: float = 1.0,
+    limit: int | None = None,
 ) -> tuple[dict[str, list[Candidate]], Ledger]:
     """The first `limit` candidates of a file by prompt, scored or not, and the ledger: what judges and `pair_up` start from."""
     ledger = Ledger(on_bad)
-    return by_prompt(itertools.islice(rows(path, ledger, format="candidates", root=root), limit)), ledger
+    groups = by_prompt(itertools.islice(rows(path, ledger, format="candidates", root=root), limit))
+    ledger.check_budget(bad_budget)
+    return groups, ledger
 
 
 def _scored(candidates: Iterator[Candidate]) -> Iterator[Candidate]:

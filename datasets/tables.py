@@ -1,67 +1,121 @@
 """Reads the rows of parquet, JSON, JSON lines and CSV files, each with its location, and tells the four apart by content.
 
-A row that cannot be read (bad JSON, bad UTF-8, too many columns) comes out as a BadField in its place, so that a reader
-can count it and go on. A file that cannot be read at all is a DataError.
+A row that cannot be read (bad JSON, bad UTF-8, too long, too many columns) comes out as a BadField in its place, with a
+reason of its own, so that a reader can count it and go on. A file that cannot be read at all is a DataError. JSON lines and
+CSV may be gzipped. Byte order marks and line ends of any system are no part of a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
+import io
 import itertools
 import json
 import os
+import re
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmpo.datasets.ledger import BadField, Row
+from mmpo.datasets.ledger import BadField, Row, TextRow
 from mmpo.errors import DataError
 
 BATCH = 64  # rows of parquet in memory at once: a row of Pick-a-Pic is about a megabyte
+MAX_LINE = 8 * 2**20  # bytes of a line of JSON, characters of a line of CSV
+MAX_DEPTH = 64  # of nested lists and objects in a line of JSON
+MAX_RECORD = 100  # lines of a CSV record, and how far ahead the end of a quotation is looked for
+SAMPLE = 100  # rows that tell a table's columns: the first alone may be a damaged one
+TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 Located = tuple[str, Row | BadField]
+
+csv.field_size_limit(MAX_LINE)  # the library's own limit is 128 KiB, for the whole process
 
 
 def kind_of(path: Path) -> str:
-    """ "folder", "parquet", "json" (one list), "jsonl" or "csv", by the first bytes. Raises DataError when it is none."""
+    """ "folder", "parquet", "json" (one list), "jsonl" or "csv", by the first bytes. Raises DataError when it is none.
+
+    A file called .jsonl or .ndjson is "jsonl" whatever its first line looks like, because that line may be a damaged one.
+    """
     if path.is_dir():
         return "parquet" if parquet_files(path) else "folder"
     if not path.is_file():
         raise DataError(f"{path}: no such file or folder")
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if head[:4] == b"PAR1":
+    with _opened(path) as file:
+        head, zipped = file.read(4096), isinstance(file, gzip.GzipFile)
+    if head[:4] == b"PAR1" and not zipped:
         return "parquet"
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start == b"[":
-        return "json"
-    if start == b"{":
+    start, suffix = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1], _suffix(path)
+    if start == b"{" or suffix in (".jsonl", ".ndjson"):
         return "jsonl"
-    if path.suffix.lower() in (".csv", ".tsv") and b"\0" not in head:
+    if start == b"[" and not zipped:
+        return "json"
+    if suffix in (".csv", ".tsv"):
         return "csv"
-    raise DataError(f"{path}: expected parquet, JSON, JSON lines, CSV or a folder; found a file starting with {head[:16]!r}")
+    expected = "JSON lines or CSV inside gzip" if zipped else "parquet, JSON, JSON lines, CSV or a folder"
+    raise DataError(f"{path}: expected {expected}; found a file starting with {head[:16]!r}")
 
 
 def columns_of(path: Path) -> frozenset[str]:
-    """The columns of a table (of its first row, for JSON), or the names of a folder's entries."""
+    """The columns of a table (for JSON, the keys of its first readable rows), or the names of a folder's entries."""
     kind = kind_of(path)
     if kind == "folder":
         return frozenset(p.name for p in path.iterdir())
     if kind == "parquet":
         return frozenset(_parquet(parquet_files(path)[0]).schema_arrow.names)
-    for _, row in itertools.islice(rows_of(path), 1):
-        return frozenset() if isinstance(row, BadField) else frozenset(row)
-    return frozenset()
+    if kind == "csv":
+        return frozenset(csv_header(path))
+    return frozenset(key for _, row in itertools.islice(rows_of(path), SAMPLE) if not isinstance(row, BadField) for key in row)
 
 
-def rows_of(path: Path) -> Iterator[Located]:
-    """All rows of a table with their locations, `name:row N` from 0, or `name:line N` from 1 for lines of text."""
-    readers = {"parquet": parquet_rows, "json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows}
+def _suffix(path: Path) -> str:
+    """The suffix in lower case, without regard to .gz."""
+    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unzipped where it is gzip."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        opener: Any = gzip.open if zipped else open
+        with opener(path, "rb") as file:
+            yield file
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read to its end: {error}") from error
+
+
+def _lines(file: IO[Any], ends: Any) -> Iterator[Any]:
+    """Lines of a file; None stands for one over MAX_LINE, the rest of which is passed over."""
+    while line := file.readline(MAX_LINE + 1):
+        short = len(line) <= MAX_LINE
+        yield line if short else None
+        while not short and line and not line.endswith(ends):
+            line = file.readline(MAX_LINE)
+
+
+def _too_long(name: str) -> BadField:
+    return BadField(name, f"at most {MAX_LINE} bytes", "more", "too long")
+
+
+def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Located]:
+    """All rows of a table with their locations, `name:row N` from 0, or `name:line N` from 1 for lines of text.
+
+    columns: of parquet, read these only.
+    """
+    readers = {"json": json_rows, "jsonl": jsonl_rows, "csv": csv_rows}
     kind = kind_of(path)
+    if kind == "parquet":
+        return parquet_rows(path, columns)
     if kind not in readers:
-        raise DataError(f"{path}: expected a table ({', '.join(readers)}), found a folder without parquet files")
+        raise DataError(f"{path}: expected a table (parquet, {', '.join(readers)}), found a folder without parquet files")
     return readers[kind](path)
 
 
@@ -76,13 +130,25 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[L
         table = _parquet(part)
         kept = None if columns is None else [c for c in columns if c in table.schema_arrow.names]
         batches = table.iter_batches(BATCH, columns=kept)
+        name = part.name if part == path else part.relative_to(path).as_posix()
         number = itertools.count()
         try:
             for batch in batches:
-                for row in batch.to_pylist():
-                    yield f"{part.name}:row {next(number)}", row
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                for row in _rows_in(batch):
+                    yield f"{name}:row {next(number)}", row
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{part}: damaged parquet after row {next(number) - 1}: {error}") from error
+
+
+def _rows_in(batch: pa.RecordBatch) -> list[Row | BadField]:
+    """The rows of a batch; where one of them holds what Python has no value for, that row alone is bad."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # UnicodeDecodeError is a ValueError
+        if batch.num_rows == 1:
+            reason = "bad UTF-8" if isinstance(error, UnicodeDecodeError) else "unreadable row"
+            return [BadField("(row)", "text in UTF-8 and values in range", str(error)[:200], reason)]
+        return [row for i in range(batch.num_rows) for row in _rows_in(batch.slice(i, 1))]
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -106,39 +172,127 @@ def json_rows(path: Path) -> Iterator[Located]:
 
 def jsonl_rows(path: Path) -> Iterator[Located]:
     """One JSON object per line; blank lines are no rows."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+    with _opened(path) as file:
+        for number, line in enumerate(_lines(file, b"\n"), start=1):
+            if line is None:
+                yield f"{path.name}:line {number}", _too_long("(line)")
+            elif line.strip():
                 yield f"{path.name}:line {number}", _parsed(line)
 
 
 def _parsed(line: bytes) -> Row | BadField:
     try:
-        return _object(json.loads(line.decode("utf-8-sig")))
-    except (ValueError, RecursionError) as error:
-        return BadField("(line)", "a JSON object in UTF-8", f"{type(error).__name__}: {error}"[:200], "unreadable line")
+        written = line.decode("utf-8-sig")
+        if (found := _depth(written)) > MAX_DEPTH:
+            raise BadField("(line)", f"JSON at most {MAX_DEPTH} deep", f"{found}", "nested too deep")
+        return _object(json.loads(written, object_pairs_hook=_unique))
+    except UnicodeDecodeError as error:
+        problem = BadField("(line)", "text in UTF-8", str(error)[:200], "bad UTF-8")
+    except ValueError as error:
+        problem = BadField("(line)", "a JSON object", f"{type(error).__name__}: {error}"[:200], "bad JSON")
+    except BadField as error:
+        problem = error
+    problem.raw = line
+    return problem
+
+
+def _depth(written: str) -> int:
+    """How deep lists and objects are nested; 0 without counting where they cannot be too deep."""
+    if written.count("[") + written.count("{") <= MAX_DEPTH:
+        return 0
+    depth = deepest = 0
+    for token in TOKENS.findall(written):  # strings are tokens, so that brackets inside them do not count
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        twice = next(key for i, (key, _) in enumerate(items) if any(key == other for other, _ in items[:i]))
+        raise BadField("(line)", "each key once", f"{twice[:60]!r} again", "repeated key")
+    return found
 
 
 def _object(item: Any) -> Row | BadField:
-    return item if isinstance(item, dict) else BadField("(row)", "a JSON object", type(item).__name__, "unreadable line")
+    return item if isinstance(item, dict) else BadField("(row)", "a JSON object", type(item).__name__, "not an object")
+
+
+def csv_header(path: Path) -> list[str]:
+    """The column names of a CSV file. Raises DataError when there are none, or one of them twice."""
+    _, header = next(_records(path), (0, []))
+    if isinstance(header, BadField):
+        raise DataError(f"{path}: not readable CSV: header: {header}")
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: not readable CSV: the header names a column twice: {', '.join(header)[:200]}")
+    return header
 
 
 def csv_rows(path: Path) -> Iterator[Located]:
-    """Rows of a CSV (or, by its suffix, TSV) file with a header."""
+    """Rows of a CSV (or, by its suffix, TSV) file with a header; empty cells are None, blank lines are no rows."""
+    header = csv_header(path)
+    for number, cells in itertools.islice(_records(path), 1, None):
+        row: Row | BadField
+        if isinstance(cells, BadField):
+            row = cells
+        elif len(cells) != len(header):
+            row = BadField("(row)", f"{len(header)} columns", f"{len(cells)}", "wrong number of columns")
+            row.raw = repr(cells)
+        else:
+            row = TextRow((name, cell or None) for name, cell in zip(header, cells, strict=True))
+        yield f"{path.name}:line {number}", row
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str] | BadField]]:
+    """The records of a CSV file with the number of their first line.
+
+    A quotation that does not end within MAX_RECORD lines spoils the line it starts in and no other.
+    """
+    separator = "\t" if _suffix(path) == ".tsv" else ","
+    with _opened(path) as file:
+        # Bytes that are no UTF-8 become lone surrogates, so that they spoil their own record only.
+        text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        lines, waiting, number = _lines(text, ("\n", "\r")), deque[str | None](), 1
+        while taken := list(itertools.islice(itertools.chain(_drained(waiting), lines), 1)):
+            record: list[str] | BadField | None
+            if taken[0] is None:
+                record = _too_long("(line)")
+            else:
+                record = _record(taken, itertools.chain(_drained(waiting), lines), separator)
+            if isinstance(record, BadField):
+                record.raw = taken[0]
+                waiting.extendleft(reversed(taken[1:]))
+                del taken[1:]
+            if record:  # a blank line has no cells
+                yield number, record
+            number += len(taken)
+
+
+def _drained(waiting: deque[str | None]) -> Iterator[str | None]:
+    while waiting:
+        yield waiting.popleft()
+
+
+def _record(taken: list[Any], more: Iterator[str | None], separator: str) -> list[str] | BadField:
+    """The cells of the record that starts with the one line in `taken`; lines that it goes on in are added there."""
+
+    def supply() -> Iterator[str]:
+        yield taken[0].removeprefix("\ufeff")
+        for line in itertools.islice(more, MAX_RECORD - 1):
+            taken.append(line)
+            if line is None:
+                return
+            yield line
+
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            for row in reader:
-                wrong = None in row or None in row.values()
-                yield f"{path.name}:line {reader.line_num}", _width(row, reader) if wrong else row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not readable CSV: {error}") from error
-
-
-def _width(row: dict[Any, Any], reader: csv.DictReader[str]) -> BadField:
-    expected = len(reader.fieldnames or ())
-    found = expected + len(row[None]) if None in row else sum(v is not None for v in row.values())
-    return BadField("(row)", f"{expected} columns", f"{found}", "unreadable line")
+        cells = next(csv.reader(supply(), delimiter=separator, strict=True), [])
+        "".join(cells).encode()
+    except csv.Error as error:
+        return BadField("(line)", "a CSV record", str(error), "bad CSV")
+    except UnicodeEncodeError:
+        return BadField("(line)", "text in UTF-8", "other bytes", "bad UTF-8")
+    return cells
 
 
 def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:

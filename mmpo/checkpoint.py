@@ -9,27 +9,24 @@ do not honour fsync, rename and flock void them.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed
+
+from mmpo.errors import RunFailed
 
 NAME = re.compile(r"step-(\d{6,})\.([0-9a-f]{12})")
 GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -52,15 +49,14 @@ class Checkpoint:
     environment: dict[str, str | int]
 
 
-class RunBusy(ValueError):
-    """Another live process is writing to the same run folder."""
-
-
 # Bytes
 
 
-def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The tensors in safetensors format; views and tied tensors are stored in full, each under its own name."""
+def to_bytes(tensors: Mapping[str, Tensor], *, sealed: bool = False) -> bytes:
+    """The tensors in safetensors format; views and tied tensors are stored in full, each under its own name.
+
+    sealed: with a digest of the content inside, for a file that no manifest vouches for; `from_bytes` checks it.
+    """
     seen: set[int] = set()
     plain = {}
     for name, tensor in tensors.items():
@@ -68,15 +64,29 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
         storage = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    return safetensors.torch.save(plain)
+    return safetensors.torch.save(plain, {"sha256": digest_tensors(plain)} if sealed else None)
 
 
-def from_bytes(data: bytes) -> dict[str, Tensor]:
-    """The tensors of `to_bytes`, on the CPU; ValueError when the bytes are not safetensors."""
+def from_bytes(data: bytes, *, sealed: bool = False) -> dict[str, Tensor]:
+    """The tensors of `to_bytes`, on the CPU; ValueError when the bytes are not safetensors, or not what was sealed."""
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file: {error}") from error
+    if sealed:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header.get("__metadata__", {}).get("sha256") != digest_tensors(tensors):
+            raise ValueError("the tensors do not match the sha256 that was written with them")
+    return tensors
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256, in hex, of names, dtypes, shapes and bytes, in the order of the names."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        h.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -101,6 +111,9 @@ def _write(path: Path, data: bytes) -> None:
         while rest:  # one call writes at most 2 GiB
             rest = rest[os.write(fd, rest) :]
         os.fsync(fd)
+    except OSError as error:
+        error.filename = str(path)  # a descriptor has no name
+        raise
     finally:
         os.close(fd)
 
@@ -112,6 +125,24 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_best(run: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace best/policy.safetensors of a run's folder, sealed."""
+    (run / "best").mkdir(exist_ok=True)
+    write_atomic(run / "best" / "policy.safetensors", to_bytes(tensors, sealed=True))
+
+
+def read_best(run: Path) -> dict[str, Tensor]:
+    """The best weights of a run so far. Raises RunFailed when they are not there, or not as they were written."""
+    path = run / "best" / "policy.safetensors"
+    try:
+        return from_bytes(path.read_bytes(), sealed=True)
+    except (OSError, ValueError) as error:
+        raise RunFailed(
+            f"{path}: the best weights cannot be used ({error}). Put them back from a copy; the newest ones are "
+            f"policy.safetensors of the newest checkpoint under {run / 'checkpoints'}"
+        ) from error
 
 
 # Save
@@ -139,7 +170,9 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: d
         error.add_note(f"the checkpoint of step {step} was not written; those in {folder} are as they were, resume from them")
         raise
     write_atomic(folder / "CURRENT", f"{final.name}\n".encode())
-    for old in _ordered(folder)[keep:]:
+    ordered = _ordered(folder)
+    twins = [p for p in ordered if p.stem == final.stem and p != final]  # of the same step, from before a fall-back
+    for old in [*twins, *[p for p in ordered if p not in twins][keep:]]:
         _remove(old)
     return final
 
@@ -326,158 +359,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
-
-
-# Optimizer and random state
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors "<parameter>.<key>" and JSON: parameter names, shapes, settings, scalar state.
-
-    names: every parameter's name, e.g. `{p: n for n, p in model.named_parameters()}`; ValueError for one that has none.
-    Works on any optimizer whose state is tensors and JSON scalars per parameter, wrapped by accelerate or not.
-    """
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    groups = []
-    for i, group in enumerate(optimizer.param_groups):
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        tensors |= {f"group {i}.{k}": v for k, v in settings.items() if isinstance(v, Tensor)}
-        shapes = {_name(p, names): list(p.shape) for p in group["params"]}
-        groups.append({"shapes": shapes, "settings": {k: v for k, v in settings.items() if not isinstance(v, Tensor)}})
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{names[parameter]}.{key}"] = value
-                else:
-                    scalars.setdefault(names[parameter], {})[key] = value
-    return tensors, {"groups": groups, "scalars": scalars}
-
-
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-) -> None:
-    """Restore what `pack_optimizer` returned: the next step is bit-identical to the one the packed optimizer would take.
-
-    ValueError names the first parameter that is missing, not expected, in another group or of another shape.
-    """
-    _check_parameters(optimizer, names, meta)
-    owned = _by_owner(tensors)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [{**owned.get(names[p], {}), **meta["scalars"].get(names[p], {})} for p in parameters]
-    groups = optimizer.state_dict()["param_groups"]
-    for i, (group, packed) in enumerate(zip(groups, meta["groups"], strict=True)):
-        settings = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in packed["settings"].items()}
-        group.update(settings | owned.get(f"group {i}", {}))
-    optimizer.load_state_dict({"state": {i: s for i, s in enumerate(state) if s}, "param_groups": groups})
-    for parameter, values in zip(parameters, state, strict=True):
-        for key, value in values.items():  # torch casts state to the parameter's dtype, and garbles strings
-            if not isinstance(value, Tensor):
-                optimizer.state[parameter][key] = value
-            elif optimizer.state[parameter][key].dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(parameter.device)
-
-
-def _name(parameter: Tensor, names: Mapping[Tensor, str]) -> str:
-    if parameter not in names:
-        raise ValueError(f"optimizer: a parameter of shape {tuple(parameter.shape)} has no name; pass the whole model's names")
-    return names[parameter]
-
-
-def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Own copies, because optimizers update their state in place and two of them may be restored from one checkpoint."""
-    owned: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        owner, _, key = name.rpartition(".")
-        owned.setdefault(owner, {})[key] = value.clone()
-    return owned
-
-
-def _check_parameters(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], meta: Mapping[str, Any]) -> None:
-    saved = {n: (i, shape) for i, group in enumerate(meta["groups"]) for n, shape in group["shapes"].items()}
-    here = {_name(p, names): (i, list(p.shape)) for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for name in [*here, *saved]:
-        if name not in saved:
-            raise ValueError(f"optimizer: parameter {name} is not in the checkpoint; resume with the model it was saved from")
-        if name not in here:
-            raise ValueError(f"optimizer: the checkpoint has parameter {name}, this model does not train it")
-        if here[name] != saved[name]:
-            raise ValueError(
-                f"optimizer: parameter {name}: the checkpoint has group {saved[name][0]}, shape {saved[name][1]}; "
-                f"this model has group {here[name][0]}, shape {here[name][1]}"
-            )
-    if len(meta["groups"]) != len(optimizer.param_groups):
-        raise ValueError(f"optimizer: the checkpoint has {len(meta['groups'])} groups, expected {len(optimizer.param_groups)}")
-
-
-def rng_state() -> dict[str, Tensor]:
-    """The global generators of python, numpy, torch and every initialised CUDA device, as tensors."""
-    version, words, gauss = random.getstate()
-    state = np.random.get_state(legacy=False)
-    if state["bit_generator"] != "MT19937":
-        raise ValueError(f"numpy's global generator is {state['bit_generator']}, expected MT19937: mmpo cannot save it")
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {
-        "python.words": torch.tensor([version, *words]),
-        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy.words": torch.tensor([state["state"]["pos"], state["has_gauss"], *state["state"]["key"].tolist()]),
-        "numpy.gauss": torch.tensor([state["gauss"]], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-        **{f"cuda.{i}": device for i, device in enumerate(cuda)},
-    }
-
-
-def restore_rng(tensors: Mapping[str, Tensor]) -> None:
-    """Set the generators to what `rng_state` returned; warns when the checkpoint's CUDA devices are not all here."""
-    version, *words = tensors["python.words"].tolist()
-    random.setstate((version, tuple(words), next(iter(tensors["python.gauss"].tolist()), None)))
-    position, has_gauss, *keys = tensors["numpy.words"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, tensors["numpy.gauss"].item()))
-    torch.set_rng_state(tensors["torch"])
-    saved, here = sum(k.startswith("cuda.") for k in tensors), torch.cuda.device_count()
-    if saved > here:
-        warnings.warn(f"the checkpoint has {saved} CUDA generators, this machine {here}: not a bit-identical run", stacklevel=2)
-    for i in range(min(saved, here)):
-        torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
-
-
-# Lock
-
-
-class RunLock:
-    """The right to write to a run folder, held from construction until `release` or the end of this process.
-
-    A kernel lock (flock) on `run.lock`: when the holder dies, however it dies, the lock is free. Inside the file: the
-    holder's pid, host and start of the lock. RunBusy when another holder is alive. Forked children do not share it.
-    """
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._fd: int | None = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(self._fd, 1000, 0).decode(errors="replace")
-            self._close()
-            raise RunBusy(f"{folder} is being written by another process: {holder or 'just started'}. Stop it first") from error
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()} since {started}".encode(), 0)
-        os.register_at_fork(after_in_child=self._close)  # a surviving data loader worker must not hold a dead run's lock
-
-    def release(self) -> None:
-        """Let others write."""
-        if self._fd is not None:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._close()
-
-    def _close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()

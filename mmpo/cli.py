@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmpo import find
+from mmpo import find, masking, network
 from mmpo.errors import DataError, MissingExtra, RecipeError
 from mmpo.interruption import Interrupted
 
@@ -64,6 +64,7 @@ def train(
 
     extra = [] if rounds is None else [f"train.rounds={rounds}"]
     resolved = replace(_load(words, [*extra, *(settings or [])], modality, plugins), allow_drift=tuple(allow_drift or ()))
+    network.open_for(resolved.recipe)
     from mmpo.launch import run
 
     return run(resolved)
@@ -87,7 +88,7 @@ def data_convert(
     source: Annotated[str | None, typer.Option("--from", help="format to read; default: recognised from the columns")] = None,
     root: Root = None,
     ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
-    on_bad: Annotated[str, typer.Option(help="bad rows: refuse, or skip and count them")] = "refuse",
+    on_bad: Annotated[str, typer.Option(help="bad rows: refuse, skip and count, or quarantine beside out")] = "refuse",
 ) -> None:
     """Write a dataset as one file of another format, its pictures inside, and account for every row."""
     from mmpo.datasets.convert import convert
@@ -104,6 +105,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="seed of the first sample")] = 0,
 ) -> None:
     """Generate from a finished run, the base model beside the aligned one."""
+    _as_its_recipe(run)
     from mmpo import export
 
     export.sample(run, prompt, seed, out)
@@ -112,9 +114,10 @@ def sample(
 @app.command("eval")
 def evaluate(run: RunFolder, plugins: Plugins = None) -> None:
     """Measure a run again on its held-out prompts."""
+    find.PLUGINS.update(plugins or ())
+    _as_its_recipe(run)
     from mmpo import export
 
-    find.PLUGINS.update(plugins or ())
     export.evaluate(run)
 
 
@@ -125,6 +128,7 @@ def export_run(
     merge: Annotated[bool, typer.Option("--merge", help="fold the adapter into the model's own weights")] = False,
 ) -> None:
     """Write the trained weights in the format the model's own library loads."""
+    _as_its_recipe(run)
     from mmpo import export
 
     export.export(run, out, merge)
@@ -160,6 +164,18 @@ def list_room(room: Annotated[str, typer.Argument(help=f"one of: {', '.join((*fi
     from mmpo.recipe import configs
 
     print("\n".join(configs() if room == "configs" else find.names(room)))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs: one JSON object")] = False) -> int:
+    """Check this installation and machine, and name the command that mends each problem; exit 1 if something is broken."""
+    from mmpo.doctor import BROKEN, examine, table
+
+    checks = examine()
+    broken = any(c.state == BROKEN for c in checks)
+    found = {"ok": not broken, "checks": [vars(c) for c in checks]}
+    print(json.dumps(found, indent=2) if as_json else "\n".join(table(checks)))
+    return FAILED if broken else OK
 
 
 @config_app.command("schema")
@@ -201,6 +217,14 @@ def _load(
     return recipes.load(path, [*overrides, *settings], modality, losses=True)
 
 
+def _as_its_recipe(run: Path) -> None:
+    """What a run was allowed to download when it was trained it may download again."""
+    from mmpo import recipe as recipes
+
+    if (run / "recipe.yaml").is_file():
+        network.open_for(recipes.load(run / "recipe.yaml").recipe)
+
+
 def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe, if one is named, and the `key=value` settings, from RECIPE, key=value, --key=value and --key value."""
     recipe, settings, rest = None, [], list(words)
@@ -236,6 +260,7 @@ def exit_code(error: BaseException) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: sys.argv) and returns its exit code. MMPO_DEBUG=1 lets exceptions through."""
+    network.close()
     try:
         return app(args=arguments, prog_name="mmpo", standalone_mode=False) or OK
     except UsageError as error:
@@ -247,6 +272,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         named = code == FAILED and type(error).__module__ != "mmpo.errors"
         silent = code == INTERRUPTED and not isinstance(error, Interrupted)
-        message = "interrupted" if silent else f"{type(error).__name__}: {error}" if named else str(error)
+        message = masking.in_text("interrupted" if silent else f"{type(error).__name__}: {error}" if named else str(error))
         print(f"mmpo: {message}" if len(message.splitlines()) < 2 else message, file=sys.stderr)
         return code

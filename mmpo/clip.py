@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmpo.judging import existing
+from mmpo.weights import loading
 
 WEIGHTS = "an open_clip checkpoint file (.safetensors, .pt) or a directory with open_clip_config.json and its weights"
 
@@ -50,7 +52,8 @@ def load_clip(path: str | Path | None, architecture: str, device: str, judge: st
         name, options = architecture, {"pretrained": download}
     else:
         name, options = _local(existing(path, judge, WEIGHTS), architecture, judge)
-    model = open_clip.create_model(name, **options, weights_only=True, require_pretrained=True, device="cpu")
+    with loading(path or name, WEIGHTS):
+        model = open_clip.create_model(name, **options, weights_only=True, require_pretrained=True, device="cpu")
     prepare = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, prepare, open_clip.get_tokenizer(name), device)
 
@@ -62,10 +65,20 @@ def _local(path: Path, architecture: str, judge: str) -> tuple[str, dict[str, An
     if path.is_dir():
         if not (path / "open_clip_config.json").is_file():
             raise ValueError(f"judge {judge}: {path} has no open_clip_config.json; expected {WEIGHTS}")
+        with loading(path / "open_clip_config.json", "an open_clip configuration"):
+            own = json.loads((path / "open_clip_config.json").read_bytes())["model_cfg"]
+        _check_local(own, str(path), judge)
         return f"local-dir:{path}", {}
     config = open_clip.get_model_config(architecture)
     if config is None:
         raise ValueError(f"judge {judge}: open_clip has no architecture {architecture!r}; see open_clip.list_models()")
-    if remote := {"hf_model_name", "hf_tokenizer_name"} & config["text_cfg"].keys():
-        raise ValueError(f"judge {judge}: {architecture} takes its {remote.pop()} from a hub; give a local directory instead")
+    _check_local(config, architecture, judge)
     return architecture, {"pretrained": str(path)}
+
+
+def _check_local(config: dict[str, Any], name: str, judge: str) -> None:
+    """Refuse parts that another library would fetch, and with them the code they may bring."""
+    if remote := {"hf_model_name", "hf_tokenizer_name"} & {k for k, v in config.get("text_cfg", {}).items() if v}:
+        raise ValueError(
+            f"judge {judge}: {name} takes its {remote.pop()} from a hub; give an architecture that is all open_clip's"
+        )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+SHOWN = 50  # problems in one message; the rest is counted
+
 
 class RecipeError(ValueError):
     """A recipe, a name or an option that cannot be used (exit 2). problems: one line each, all that were found."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+        more = [f"and {len(self.problems) - SHOWN} more problems"] if len(self.problems) > SHOWN else []
+        super().__init__("\n".join([*self.problems[:SHOWN], *more]))
 
 
 class DataError(ValueError):

@@ -41,7 +41,7 @@ def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
     torch.manual_seed(resolved.recipe.seed)
     modality = make_modality(resolved.recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     start = references.Values(modality.model)
-    trained = checkpoint.from_bytes(best.read_bytes())
+    trained = checkpoint.read_best(folder)
     with torch.no_grad():
         for name, parameter in references.trainable(modality.model).items():
             parameter.copy_(trained[name])

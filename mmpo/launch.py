@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from mmpo import checkpoint, evaluate
+from mmpo import checkpoint, drift, evaluate
 from mmpo import recipe as recipes
 from mmpo import reference as references
-from mmpo.cache import Cache
+from mmpo.cache import Cache, digest_module
 from mmpo.diagnosis import diagnose
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.evaluate import Samples
 from mmpo.find import find
 from mmpo.judging import Judge
+from mmpo.lock import RunLock
+from mmpo.masking import masked
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Pair
-from mmpo.prepare import Prepared, prepare
+from mmpo.prepare import Prepared, keep_account, prepare
 from mmpo.recipe import Resolved
 from mmpo.reference import Cached, Values, trainable
 from mmpo.report import write_report
@@ -46,10 +48,10 @@ def run(resolved: Resolved) -> int:
     folder = Path(recipe.out or _default_folder(resolved))
     folder.mkdir(parents=True, exist_ok=True)
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
-    with checkpoint.RunLock(folder) if main else contextlib.nullcontext():
+    with _full_disk(folder), RunLock(folder) if main else contextlib.nullcontext():
         if main:
             checkpoint.clear_leftovers(folder)
-            _claim(folder, resolved)
+            drift.claim_recipe(folder, resolved)
         if (folder / "summary.json").exists():
             told = json.loads((folder / "summary.json").read_text())["verdict"]
             print(f"{folder} is finished: {told}\nFor another run give it another folder: out=DIR")
@@ -61,7 +63,7 @@ def run(resolved: Resolved) -> int:
         adapter = find("modalities", recipe.modality)
         objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
         set_seed(recipe.seed)  # python, numpy and torch
-        current = build(recipe, folder, objective)
+        current = build(resolved, folder, objective)
         if not resume(current[0]):
             _begin(*current)
         earlier = current[0].progress.seconds
@@ -70,6 +72,20 @@ def run(resolved: Resolved) -> int:
             finish(*current, seconds=earlier + time.monotonic() - started)
         current[0].accelerator.end_training()
     return 0
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """A disk that takes no more stops the run and costs nothing: this says so."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        raise RunFailed(
+            f"{error}. The run stopped, and what it had saved is as it was: make room, or the disk writable, and repeat the "
+            f"command, which goes on from the newest checkpoint in {folder / 'checkpoints'}"
+        ) from error
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -88,15 +104,19 @@ def build_objective(resolved: Resolved) -> Objective:
     return Objective(terms)
 
 
-def build(recipe: Recipe, folder: Path, objective: Objective) -> tuple[Run, Prepared]:
+def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, Prepared]:
     """Load the model, the judge and the data, and put the trainable module on its devices."""
+    recipe = resolved.recipe
     accelerator = make_accelerator(recipe, folder)
     modality = make_modality(recipe, folder, accelerator.device)
     judge = make_judge(recipe, modality, accelerator.device)
     data = prepare(recipe, str(modality.embedded_data), judge)
     _check_pairs(objective, data.train)
-    _encode(modality, data.train + data.heldout)
     reference: Any = references.build(recipe.reference, modality, modality.model)
+    if accelerator.is_main_process:
+        keep_account(folder, data, resolved.allow_drift)
+        drift.claim_inputs(folder, inputs_of(recipe, modality, reference), resolved.allow_drift)
+    _encode(modality, data.train + data.heldout)
     ema = Values(modality.model, recipe.train.ema) if recipe.train.ema else None
     if reference is not None and recipe.reference.cache:
         reference = Cached(reference, Cache(_cache_file(recipe, folder, "reference")), modality.model)
@@ -111,6 +131,14 @@ def build(recipe: Recipe, folder: Path, objective: Objective) -> tuple[Run, Prep
     return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start), data
 
 
+def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
+    """Digests of all that training reads besides the recipe: what `mmpo.drift` holds a resumed run to."""
+    weights = dict(modality.weights)
+    if recipe.reference.kind == "path":
+        weights["reference"] = digest_module(reference.module)
+    return {f"weights.{name}": digest for name, digest in weights.items()}
+
+
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
     if recipe.train.fsdp:  # checkpoints, averages and exports would hold one process's shards only
@@ -119,7 +147,7 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         )
     accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.track) or None, project_dir=str(folder))
     if recipe.track:
-        accelerator.init_trackers("mmpo", {"recipe": json.dumps(recipe.model_dump(mode="json"))})
+        accelerator.init_trackers("mmpo", {"recipe": json.dumps(masked(None, recipe.model_dump(mode="json")))})
     return accelerator
 
 
@@ -175,30 +203,6 @@ def _default_folder(resolved: Resolved) -> str:
     """A folder named by the recipe's content: the same command finds its own run again."""
     content = json.dumps(resolved.recipe.model_dump(mode="json"), sort_keys=True)
     return f"runs/{resolved.recipe.modality}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-
-def _claim(folder: Path, resolved: Resolved) -> None:
-    """Write the resolved recipe; refuse a folder whose run was started from another one.
-
-    Before its first checkpoint there is nothing to lose: a recipe that turned out wrong is corrected in the same folder.
-    """
-    path, mine = folder / "recipe.yaml", resolved.recipe.model_dump(mode="json")
-    if path.exists() and (folder / "checkpoints").exists():
-        theirs = yaml.safe_load(path.read_text())
-        changed = [k for k in _changed(theirs, mine) if k.split(".")[0] != "out" and k not in resolved.allow_drift]
-        if changed:
-            raise RecipeError(
-                f"{folder} holds a run of another recipe; different: {', '.join(changed)}. "
-                f"Use another out=, or continue it all the same with {' '.join('--allow-drift ' + k for k in changed)}"
-            )
-    checkpoint.write_atomic(path, recipes.dump(resolved).encode())
-
-
-def _changed(old: Any, new: Any, at: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [c for k in keys for c in _changed(old.get(k), new.get(k), f"{at}.{k}" if at else k)]
-    return [] if old == new else [at]
 
 
 def _begin(run: Run, data: Prepared) -> None:
@@ -306,7 +310,7 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
     summary["seconds"] = round(seconds, 1)
     record(run, {"event": "end", "step": run.progress.step, "best_step": run.progress.best_step})
     write_export(run.modality, run.model, run.folder / "export")
-    checkpoint.write_atomic(run.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    checkpoint.write_atomic(run.folder / "summary.json", (json.dumps(masked(None, summary), indent=2) + "\n").encode())
     page = write_report(run.folder)
     made = {"report": page, "export": run.folder / "export", "summary": run.folder / "summary.json"}
     print("\n".join(["", summary["verdict"], *(f"  {name:<8} {path}" for name, path in made.items())]))

@@ -37,6 +37,7 @@ class Modality(Protocol):
     embedded_judge: str
     is_embedded: bool
     starts_from_adapter: bool  # the start of the run already carries a trained adapter
+    weights: dict[str, str]  # digests of all that was loaded, by part: a run that goes on has to find the same
 
     def encode(self, pairs: Sequence[Pair]) -> list[Any]:
         """Run the frozen encoders: no gradient, cached by content digest, one result per pair."""

@@ -1,14 +1,22 @@
-"""From a recipe's data to pairs that train, pairs and prompts that are held out, and an account of every row."""
+"""From a recipe's data to pairs that train, pairs and prompts that are held out, and an account of every row.
+
+A run's folder keeps the account (ledger.json), the bad rows where the recipe quarantines them (quarantine.jsonl), and the
+digests of every pair and its media, in order (data_manifest.json), to which a resumed run is held.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mmpo.checkpoint import write_atomic
+from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.errors import DataError
@@ -17,11 +25,16 @@ from mmpo.pair import Block, Pair
 from mmpo.schema import Recipe
 
 Prompt = tuple[Block, ...]
+PARTS = ("id", "prompt", "chosen", "rejected", "label, weight, margin or branches")  # of a row of a manifest
+NAMED = 5  # rows in a message about drift
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """select, test: held-out prompts, disjoint; the first choose the best checkpoint, the second are reported."""
+    """select, test: held-out prompts, disjoint; the first choose the best checkpoint, the second are reported.
+
+    pairs: all of them, in the order of the data.
+    """
 
     train: list[Pair]
     heldout: list[Pair]
@@ -29,6 +42,8 @@ class Prepared:
     select: list[Prompt]
     test: list[Prompt]
     account: dict[str, Any]
+    pairs: list[Pair]
+    ledger: Ledger
 
 
 def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
@@ -36,11 +51,12 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     path = embedded if recipe.data.path in (None, "embedded") else str(recipe.data.path)
     spec = recipe.data
     dropped: dict[str, int] = {}
+    policy: dict[str, Any] = {"on_bad": spec.on_bad, "bad_budget": spec.bad_budget}
     if (spec.format or detect(path)) == "candidates":
-        groups, ledger = load_candidates(path, root=spec.root, on_bad=spec.on_bad, limit=spec.limit)
+        groups, ledger = load_candidates(path, root=spec.root, limit=spec.limit, **policy)
         pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)
     else:
-        pairs, ledger = load(path, format=spec.format, root=spec.root, ties=spec.ties, on_bad=spec.on_bad, limit=spec.limit)
+        pairs, ledger = load(path, format=spec.format, root=spec.root, ties=spec.ties, limit=spec.limit, **policy)
     train = [p for p in pairs if not is_heldout(p.prompt, spec.heldout)]
     heldout = sorted((p for p in pairs if is_heldout(p.prompt, spec.heldout)), key=lambda p: _hash(p.id))
     if not train:
@@ -56,7 +72,84 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
         [p for _, p in prompts[:middle]],
         [p for _, p in prompts[middle : middle + recipe.eval.test_prompts]],
         account,
+        pairs,
+        ledger,
     )
+
+
+def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) -> None:
+    """Print the account of the rows and write it into the run's folder; whatever a kill interrupts is written again.
+
+    Raises DataError, naming the rows, when the run has begun with other pairs or media, unless `allow_drift` has "data".
+    """
+    path, new, begun = folder / "data_manifest.json", manifest(data.pairs), (folder / "checkpoints").exists()
+    if begun and not path.exists():
+        print(f"{path} is missing: whether the data is that of the run's start cannot be told")
+    old = _read_manifest(path) if begun and path.exists() else new
+    new["drift"] = old["drift"]
+    if changes := drift(old, new, data.pairs):
+        told = f"{data.account['source']}: not the data that the run in {folder} was started with: " + "; ".join(changes)
+        if "data" not in allow_drift:
+            raise DataError(f"{told}. Put the data back, use another out=, or continue all the same with --allow-drift data")
+        print(f"{told}; continued, as allowed")
+        new["drift"] = [*old["drift"], {"was": old["digest"], "now": new["digest"], "changes": changes}]
+    print(data.ledger)
+    write_atomic(folder / "ledger.json", (json.dumps(data.ledger.counts(), indent=1) + "\n").encode())
+    if data.ledger.quarantined:
+        write_atomic(folder / "quarantine.jsonl", data.ledger.quarantine())
+    else:
+        (folder / "quarantine.jsonl").unlink(missing_ok=True)
+    rows = ",\n".join(json.dumps(row) for row in new.pop("rows"))
+    write_atomic(path, f'{json.dumps(new)[:-1]}, "rows": [\n{rows}\n]}}\n'.encode())
+
+
+def manifest(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What training depends on: for each pair, in order, its id and the digests of its parts, and the digest of them all."""
+    rows = [_digests(pair) for pair in pairs]
+    return {"digest": _hash(json.dumps(rows)), "pairs": len(rows), "drift": [], "rows": rows}
+
+
+def _digests(pair: Pair) -> list[str]:
+    sides = ["".join(b.digest for b in blocks) for blocks in (pair.prompt, pair.chosen, pair.rejected)]
+    branches = [(name, [b.digest for b in (*x.prompt, *x.response)]) for name, x in sorted(pair.branches.items())]
+    numbers = f"{pair.label:.6g} {pair.weight:.6g} {pair.margin:.6g}"  # a judge's last bits depend on the machine
+    return [pair.id, *(_hash(side)[:32] for side in sides), numbers + (f" {_hash(str(branches))[:32]}" if branches else "")]
+
+
+def drift(old: dict[str, Any], new: dict[str, Any], pairs: Sequence[Pair]) -> list[str]:
+    """What differs between two manifests, a line each, the first few rows by name; pairs: those of the new one."""
+    before, after = old["rows"], new["rows"]
+    if before == after:
+        return []
+    if sorted(before) == sorted(after):
+        return ["the same pairs in another order"]
+    if len(before) == len(after):
+        places = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        lines = [f"pair {i} ({after[i][0]}) has another {_changed(before[i], after[i], pairs[i])}" for i in places[:NAMED]]
+    else:
+        ids = [{row[0] for row in rows} for rows in (before, after)]
+        gone, fresh = sorted(ids[0] - ids[1]), sorted(ids[1] - ids[0])
+        lines = [f"{len(before)} pairs then, {len(after)} now"]
+        lines += [f"{word}: {', '.join(names[:NAMED])}" for word, names in (("gone", gone), ("new", fresh)) if names]
+        places = []
+    return lines + ([f"and {len(places) - NAMED} more"] if len(places) > NAMED else [])
+
+
+def _changed(before: list[str], after: list[str], pair: Pair) -> str:
+    """The parts of a row that differ, with the files of its media; the id is one only where nothing else is."""
+    parts = [i for i in range(1, len(PARTS)) if before[i] != after[i]]
+    files = {i: [b.path for b in blocks if b.path] for i, blocks in ((1, pair.prompt), (2, pair.chosen), (3, pair.rejected))}
+    return " and ".join(PARTS[i] + (f" ({', '.join(files[i])})" if files.get(i) else "") for i in parts) or PARTS[0]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+        if found["digest"] != _hash(json.dumps(found["rows"])) or not isinstance(found["drift"], list):
+            raise ValueError("its rows are not those of its digest")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); put it back, or remove it to go on with the data as it is") from error
+    return found
 
 
 def pair_candidates(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | None) -> tuple[list[Pair], dict[str, int]]:

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from mmpo import yaml_source
+from mmpo import masking, yaml_source
 from mmpo.errors import RecipeError
 from mmpo.find import find, nearest
+from mmpo.masking import masked
 from mmpo.schema import Recipe, Section, Term, recipe_class, section_at
 from mmpo.yaml_source import Keys, Mark
 
@@ -27,8 +28,6 @@ Marks = dict[Keys, Mark]
 CONFIGS = Path(__file__).parent / "configs"
 BETA_DPO = 1000.0  # T of the denoisers' log-likelihood -(T/2) w(t) err: the papers' beta_dpo multiplies (1/2) w(t) err
 
-_SECRET_KEY = re.compile("token|key|secret|password", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"(hf_|sk-)\w{8,}")
 _BARE = re.compile(r"[A-Za-z_][\w./@-]*")
 
 
@@ -69,6 +68,7 @@ def load(
         layers.put(("modality",), modality)
     for override in overrides:
         layers.override(override)
+    masking.learn(None, layers.data)
     schema: type[Recipe] = Recipe
     try:
         schema = recipe_class(str(layers.data.get("modality", "diffusion")))
@@ -152,7 +152,7 @@ def dump(resolved: Resolved) -> str:
 
 def _block(value: Any, keys: Keys, marks: Marks) -> Iterator[str]:
     for key, item in _entries(value):
-        path, item = (*keys, key), _masked(key, item)
+        path, item = (*keys, key), masked(key, item)
         head = "-" if isinstance(value, list) else f"{_flow(key)}:"
         if not _nests(item):
             yield f"{head} {_flow(item)}  # {_source(marks.get(path))}"
@@ -190,14 +190,6 @@ def _flow(value: Any) -> str:
     return yaml.safe_dump(value).splitlines()[0]  # 1.0e-05: a float to YAML 1.1 as well
 
 
-def _masked(key: Any, value: Any) -> Any:
-    if value is not None and _SECRET_KEY.search(str(key)):
-        return "***"
-    if isinstance(value, list):
-        return [_masked(None, item) for item in value]
-    return _SECRET_VALUE.sub("***", value) if isinstance(value, str) else value
-
-
 def _source(mark: Mark | None) -> str:
     if mark is None:
         return "default"
@@ -223,7 +215,7 @@ class _Layers:
         if path.resolve() in including:
             raise RecipeError(f"{path}: base includes itself: {' -> '.join(p.name for p in (*including, path))}")
         shown = str(path) if _is_path(name) else path.name
-        data, marks = yaml_source.load(path, shown)
+        data, marks = yaml_source.load(path, shown, self.problems)
         if not isinstance(data, dict | None):
             raise RecipeError(f"{marks[()]}: a recipe is a mapping of settings (got {type(data).__name__})")
         data = data or {}
@@ -250,7 +242,7 @@ class _Layers:
         """Sets one `key.key=value` of the command line."""
         key, equals, value = text.partition("=")
         if not (key and equals):
-            self.problems.append(f"command line: not a setting (got {_masked(None, text)!r}, expected key=value)")
+            self.problems.append(f"command line: not a setting (got {masked(None, text)!r}, expected key=value)")
             return
         try:
             self.put(
@@ -301,7 +293,7 @@ def _describe(error: ValidationError, schema: type[Section], marks: Marks, at: K
 def _problem(error: Any, schema: type[Section]) -> str:
     *section, key = error["loc"]
     message, given = error["msg"], error["input"]
-    got = f"a {type(given).__name__}" if _nests(given) else _flow(_masked(key, given))
+    got = f"a {type(given).__name__}" if _nests(given) else _flow(masked(key, given))
     if error["type"] == "missing":
         return "missing, and it has no default"
     if error["type"] == "extra_forbidden":

@@ -14,6 +14,7 @@ on disk by (content, draw) and replays them.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpo.cache import Cache, digest_module, key
+from mmpo.checkpoint import environment
 from mmpo.modality import Modality
 from mmpo.scores import Scores
 
@@ -139,9 +141,10 @@ def score(reference: Reference | None, modality: Modality, model: nn.Module, bat
 class Cached:
     """A fixed reference whose scores are stored per (pair, draw) and replayed: the second time costs no model call.
 
-    Keys hold the reference's weights, autocast's precision and what the modality says the draw is (`batch.keys`: content,
-    condition, noise, the model's configuration), so a stored score is never used for anything but the very computation it
-    came from.
+    Keys hold the reference's weights, autocast's precision, package versions, threads and devices (which move the last bits,
+    and the margin before the first step has to be exactly 0), and what the modality says the draw is (`batch.keys`: content,
+    condition, noise, the model's configuration): a stored score is never used for anything but the very computation it came
+    from.
     """
 
     fixed = True
@@ -151,7 +154,7 @@ class Cached:
             raise ValueError("reference.cache: an ema reference changes during training, its scores cannot be cached")
         self.inner, self.cache = inner, cache
         with inner.active(model) as module:
-            self.identity = digest_module(unwrap(module)) + type(inner).__name__
+            self.identity = digest_module(unwrap(module)) + type(inner).__name__ + json.dumps(environment(), sort_keys=True)
 
     def active(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         return self.inner.active(model)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmpo import masking
+
 
 class RunLog:
     """A JSONL file that only grows, except when a run resumes: then it is cut back to what the checkpoint had seen.
@@ -32,8 +34,9 @@ class RunLog:
         try:
             while line:
                 line = line[os.write(self._fd, line) :]
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._fd, start)
+            error.filename = str(self.path)  # a descriptor has no name
             raise
 
     def offset(self) -> int:
@@ -70,6 +73,8 @@ class RunLog:
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        return masking.in_text(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -75,9 +75,10 @@ class DataConfig(Section):
         default=None, description="how scored candidates become pairs; null: rows are pairs already"
     )
     heldout: float = Field(default=0.1, ge=0, lt=1, description="share of the prompts kept out of training, for evaluation")
-    on_bad: Literal["refuse", "skip"] = Field(
-        default="refuse", description="bad rows stop the run, or are skipped, counted and listed"
+    on_bad: Literal["refuse", "skip", "quarantine"] = Field(
+        default="refuse", description="bad rows stop the run, are skipped and counted, or also kept in quarantine.jsonl"
     )
+    bad_budget: Share = Field(default=1.0, description="share of the rows that may be bad before the run is refused")
     prompt_dropout: Share = Field(default=0.0, description="probability that a pair is trained without its prompt")
     limit: Count | None = Field(default=None, description="use only the first so many pairs, or candidates; null: all")
     ties: Literal["drop", "soft"] = Field(default="drop", description="tied rows: leave out, or keep with label 0.5")

@@ -35,6 +35,7 @@ from mmpo.pair import Pair
 from mmpo.reference import Cached, Reference, Values, trainable, unwrap
 from mmpo.runlog import RunLog, read
 from mmpo.schema import Recipe
+from mmpo.state import pack_optimizer, restore_rng, rng_state, unpack_optimizer
 
 
 @dataclass
@@ -122,7 +123,7 @@ def forward(run: Run, step: int, micro: int) -> tuple[Result, Any, list[Pair]]:
         ref = references.score(run.reference, run.modality, run.model, batch)
     rows = rows_of(pairs, batch.device)
     result = run.objective(policy, ref, rows)
-    result.loss = result.loss * rows.weight
+    result.loss = _nan_where_broken(result.loss * rows.weight, policy, ref)
     _displacement(result, policy, ref)
     return result, batch, pairs
 
@@ -151,8 +152,10 @@ def train(run: Run, until: int) -> None:
                 save(run)
             bar.update()
             bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in _SHOWN.items() if m in metrics})
-            if number and not last:
+            if number:
                 raise Interrupted(number, run.progress.step)
+        if number := _any_process(run, request.number):  # it came during the last evaluation or save
+            raise Interrupted(number, run.progress.step)
 
 
 _SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
@@ -227,6 +230,16 @@ def _sync(run: Run, last: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if last else run.accelerator.no_sync(run.model)
 
 
+def _nan_where_broken(loss: Tensor, policy: Any, ref: Any) -> Tensor:
+    """NaN for each pair one of whose scores is not finite: a saturated loss would call an infinite one perfect.
+
+    And only for these, although by way of batch statistics (KTO) one of them spoils the loss of every pair.
+    """
+    sides = [*policy.values(), *(ref or {}).values()]
+    whole = torch.stack([(s.logp.isfinite() | ~s.mask).all(-1) for s in sides]).all(0)
+    return torch.where(whole, torch.where(whole.all(), loss, loss.detach().nan_to_num()), torch.nan)
+
+
 def _displacement(result: Result, policy: Any, ref: Any) -> None:
     """How far each branch fell below the reference, in nats: a positive `displacement/chosen` is likelihood displacement."""
     if ref is not None:
@@ -284,7 +297,7 @@ def evaluate_now(run: Run) -> None:
         elif metric > state.best_metric or metric == -math.inf:  # nothing to measure by: the last weights are kept
             state.best_step, state.best_metric = state.step, metric
             if run.accelerator.is_main_process:
-                _keep_best(run)
+                checkpoint.write_best(run.folder, policy_tensors(run.model))
     say(run, _line(found))
     for flag in diagnose(read(run.log.path)) if run.accelerator.is_main_process else ():
         say(run, f"  ! {flag.name}: {flag.text}. Try: {flag.advice}.")
@@ -312,11 +325,6 @@ def _on_samples(run: Run, module: nn.Module) -> dict[str, Any]:
     return scores | {"eval/win_rate": wins["value"], "eval/win_low": wins["low"], "eval/win_high": wins["high"]}
 
 
-def _keep_best(run: Run) -> None:
-    (run.folder / "best").mkdir(exist_ok=True)
-    checkpoint.write_atomic(run.folder / "best" / "policy.safetensors", checkpoint.to_bytes(policy_tensors(run.model)))
-
-
 def _line(record: dict[str, Any]) -> str:
     names = {
         "eval/judge": "judge",
@@ -334,7 +342,7 @@ def policy_tensors(model: nn.Module) -> dict[str, Tensor]:
 def load_best(run: Run) -> None:
     """Put the best weights so far into the model; nothing happens when there was no evaluation but the base's yet."""
     if run.progress.best_step:
-        _put(run.model, checkpoint.from_bytes((run.folder / "best" / "policy.safetensors").read_bytes()))
+        _put(run.model, checkpoint.read_best(run.folder))
 
 
 @torch.no_grad()
@@ -346,8 +354,8 @@ def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
     names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
-    optimizer, groups = checkpoint.pack_optimizer(run.optimizer, names)
-    tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": checkpoint.rng_state()}
+    optimizer, groups = pack_optimizer(run.optimizer, names)
+    tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": rng_state()}
     tensors |= {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
     meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
     if run.accelerator.scaler is not None:
@@ -372,13 +380,13 @@ def resume(run: Run) -> bool:
     if run.progress.round > 1:  # its values follow; never the first round's, whose scores may be cached
         run.reference = references.anew(run.recipe.reference, run.model)
     names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
-    checkpoint.unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
+    unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
     for name, values in (("ema", run.ema), ("reference", _moving(run))):
         if values is not None:
             values.values = {k: v.to(run.accelerator.device) for k, v in found.tensors[name].items()}
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.meta["scaler"])
-    checkpoint.restore_rng(found.tensors["rng"])
+    restore_rng(found.tensors["rng"])
     say(run, f"resumed at step {run.progress.step} from {found.path.name}")
     if changed := checkpoint.changes(found.environment):
         say(run, f"  not bit-identical to a run without a break: {', '.join(changed)}")

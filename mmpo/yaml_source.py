@@ -36,25 +36,26 @@ class Mark(NamedTuple):
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
-def load(path: Path, name: str) -> tuple[Any, dict[Keys, Mark]]:
+def load(path: Path, name: str, problems: list[str] | None = None) -> tuple[Any, dict[Keys, Mark]]:
     """The plain data of a YAML file, and where each key path of it stands (a mapping's entry: its key).
 
     Refuses, with file, line and column: duplicate keys, tags, several documents, more than MAX_NODES nodes after aliases
-    are expanded, nesting over MAX_DEPTH and files over MAX_BYTES. name: the file in messages. Raises RecipeError.
+    are expanded, nesting over MAX_DEPTH and files over MAX_BYTES. name: the file in messages. problems: takes those that
+    leave the rest readable (duplicate keys), so that they are told with what else is wrong. Raises RecipeError.
     """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"{name}: the file is too large (got over {MAX_BYTES} bytes, expected at most {MAX_BYTES})")
-        return parse(raw.decode("utf-8-sig"), name)
+        return parse(raw.decode("utf-8-sig"), name, problems)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name}: byte {error.start} is not UTF-8 ({error.reason})") from None
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read ({error.strerror})") from None
 
 
-def parse(text: str, file: str) -> tuple[Any, dict[Keys, Mark]]:
+def parse(text: str, file: str, problems: list[str] | None = None) -> tuple[Any, dict[Keys, Mark]]:
     """As `load`, from a string; `file` is only used in messages and marks."""
     reader = None
     try:
@@ -71,8 +72,10 @@ def parse(text: str, file: str) -> tuple[Any, dict[Keys, Mark]]:
             reader.dispose()
     plain = _Plain(file)
     data = plain.build(node, ()) if node else None
-    if plain.problems:
+    if plain.problems and problems is None:
         raise RecipeError(plain.problems)
+    if problems is not None:
+        problems += plain.problems
     return data, plain.marks
 
 
@@ -130,7 +133,8 @@ class _Plain:
                 self.problems.append(f"{self._mark(key)}: a key must be a name (got a {key.id})")
             elif key.value in data:
                 first = self.marks[*keys, key.value].line
-                self.problems.append(f"{self._mark(key)} {key.value}: duplicate key (first on line {first})")
+                dotted = ".".join(map(str, (*keys, key.value)))
+                self.problems.append(f"{self._mark(key)} {dotted}: duplicate key (first on line {first})")
             else:
                 self.marks[*keys, key.value] = self._mark(key)
                 data[key.value] = self.build(value, (*keys, key.value))

@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmpo.cache import Cache, key
+from mmpo import __version__
+from mmpo.cache import Cache, digest_module, key
 from mmpo.checkpoint import write_atomic
 from mmpo.evaluate import Samples
 from mmpo.media import open_image
@@ -100,8 +101,12 @@ class Adapter:
         self.resolution = config.resolution or _own_resolution(self.loaded)
         self.is_embedded = config.path == "embedded"
         self.starts_from_adapter = bool(config.lora.path)
-        self.model = self._trainable()
         self._encoders = self.loaded.digest()
+        settings = hashlib.sha256(self.loaded.settings().encode()).hexdigest()  # the noise schedule is among them
+        self.weights = {"encoders": self._encoders, "denoiser": digest_module(self.loaded.denoiser), "settings": settings}
+        self.model = self._trainable()
+        if self.starts_from_adapter:
+            self.weights["adapter"] = digest_module(self.model)
         self._stamp = repr((draw, prompt_dropout, self._encoders, self.resolution, self.loaded.settings(), config.lora))
         target = self.loaded.process.target
         if draw.mode == "inversion" and target == "x0":
@@ -157,7 +162,7 @@ class Adapter:
 
     def _cached(self, what: str, items: list[str], compute: Any) -> dict[str, dict[str, Tensor]]:
         """Results by item, computed once per distinct content and encoder and then read from disk."""
-        keys = [key(what, self._encoders, self.resolution, self.spec.vae, item) for item in items]
+        keys = [key(what, __version__, self._encoders, self.resolution, self.spec.vae, item) for item in items]
         found = dict(zip(items, self.cache.get_many(keys), strict=True))
         missing = [item for item in items if found[item] is None]
         for start in range(0, len(missing), SAMPLE_BATCH):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmpo.modalities.family_calls import FAMILIES, Conditions, Family, call_default
 from mmpo.modalities.noise import NoiseProcess
 from mmpo.modalities.quiet import quietly
+from mmpo.weights import loading
 
 Generators = torch.Generator | list[torch.Generator] | None
 LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
@@ -295,11 +296,8 @@ def load(
     cls = getattr(diffusers, index["_class_name"])
     precision = {"default": dtype, "vae": torch.float32} if "vae" in index else dtype
     options = {"torch_dtype": precision, "use_safetensors": True, "local_files_only": not allow_download, **chosen.options}
-    try:
-        with quietly(downloads=allow_download):
-            pipe = cls.from_pretrained(path, **options)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be loaded as a {index['_class_name']} from safetensors: {error}") from error
+    with loading(path, f"a {index['_class_name']} that loads from safetensors"), quietly(downloads=allow_download):
+        pipe = cls.from_pretrained(path, **options)
     _check_vae(pipe, path)
     denoiser = getattr(pipe, chosen.denoiser)
     return Loaded(

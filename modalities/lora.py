@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmpo.modalities.families import Loaded
 from mmpo.modalities.quiet import quietly
+from mmpo.weights import loading
 
 
 def wrap(loaded: Loaded, config: Any) -> nn.Module:
@@ -61,7 +62,8 @@ def _of_diffusers(loaded: Loaded, model: Any, path: str) -> dict[str, Tensor]:
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     options = {"use_safetensors": True, "local_files_only": True, "return_lora_metadata": True}
-    state, *alphas, metadata = loaded.pipe.lora_state_dict(path, **options)
+    with loading(path, "a LoRA adapter as safetensors"):
+        state, *alphas, metadata = loaded.pipe.lora_state_dict(path, **options)
     prefix = loaded.family.denoiser + "."
     _check_alpha(
         model, path, {k: v for part in (state, *alphas, metadata) for k, v in (part or {}).items() if k.startswith(prefix)}
@@ -76,7 +78,8 @@ def _of_peft(loaded: Loaded, model: Any, path: str) -> dict[str, Tensor]:
     if not (file.is_file() and settings.is_file()):
         raise ValueError(f"model.lora.path {path}: expected a directory with {file.name} and {settings.name}")
     _check_alpha(model, path, {".lora_alpha": json.loads(settings.read_text())["lora_alpha"]})
-    return load_file(file)
+    with loading(file, "a LoRA adapter as safetensors"):
+        return load_file(file)
 
 
 def _check_alpha(model: Any, path: str, entries: dict[str, Any]) -> None:

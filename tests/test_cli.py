@@ -34,6 +34,7 @@ SURFACE = {
         "--seed",
     },
     "list": {"room"},
+    "doctor": {"--json"},
     "config schema": {"--modality"},
     "config explain": {"key", "--modality"},
     "config validate": {"words", "--modality", "--set", "--plugin"},

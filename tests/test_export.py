@@ -98,7 +98,7 @@ def test_an_adapter_that_changes_nothing_is_refused(copied: Path, capsys: pytest
     weights = checkpoint.from_bytes(best.read_bytes())
     assert any(v.abs().max() > 0 for n, v in weights.items() if "lora_B" in n)
     inert = {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in weights.items()}
-    best.write_bytes(checkpoint.to_bytes(inert))
+    best.write_bytes(checkpoint.to_bytes(inert, sealed=True))
     assert cli.main(["export", str(copied), "--out", str(copied / "inert")]) == 1
     assert "gives the base model's output" in capsys.readouterr().err
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mmpo import cli, launch
+from mmpo import cli, drift, launch
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.objective import Objective, make_term
 from mmpo.runlog import read
@@ -21,14 +19,6 @@ from mmpo.schema import Recipe
 from tests.tiny_run import line_pairs, line_run, load, make_world, settings
 
 SHORT = ("train.steps=2", "train.save_every=1", "train.lr=2e-2", "eval.every=2")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the first run's settings for the whole process."""
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +67,7 @@ def test_a_recipe_that_was_wrong_is_corrected_in_the_same_folder(
         patch.setattr(launch, "build", lambda *_: pytest.fail("loaded"))
         with pytest.raises(ValueError, match=r"loss \w+ needs ref: set reference.kind"):
             launch.run(load(world, tmp_path / "run", "reference.kind=none"))
-    launch._claim(tmp_path / "run", load(world, tmp_path / "run"))
+    drift.claim_recipe(tmp_path / "run", load(world, tmp_path / "run"))
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["reference"]["kind"] == "start"
 
 

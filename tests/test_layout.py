@@ -115,3 +115,49 @@ def test_imports_are_absolute() -> None:
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
+
+
+# Files that may open media, each its own kind; everything else asks `mmpo.media`, which has the limits.
+DOORS = {"media.py": {"PIL.Image.open"}, "decode_child.py": {"av", "decord", "soundfile"}}
+READERS = {
+    "av", "decord", "soundfile", "cv2", "imageio", "librosa", "skvideo", "moviepy", "torchcodec", "audioread", "wave",
+    "PIL.Image.open", "torchvision.io", "torchaudio.load", "scipy.io.wavfile", "skimage.io", "matplotlib.image",
+    "matplotlib.pyplot.imread", "diffusers.utils.load_image", "diffusers.utils.load_video", "transformers.image_utils",
+}  # fmt: skip
+
+
+def used(tree: ast.AST) -> Iterator[str]:
+    """Every dotted name of the file, in full: as imported, as an attribute of something imported, or imported by its text."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                full = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
+                known[alias.asname or alias.name] = full
+                yield full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            yield ".".join([known.get(first, first), *rest])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: p.stem)
+def test_media_are_opened_at_one_door(path: Path) -> None:
+    names = set(used(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {reader for reader in READERS if any(name == reader or name.startswith(f"{reader}.") for name in names)}
+    assert found - DOORS.get(path.name, set()) == set(), "open it through mmpo.media"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from PIL import Image\nImage.open(x)", "import PIL.Image as P\nP.open(x)", "from PIL.Image import open as o",
+        "import av", "from decord import VideoReader", "import importlib\nimportlib.import_module('soundfile')",
+        "import torchaudio as t\nt.load(x)", "from torchvision.io import read_image", "def f():\n    import cv2",
+    ],
+)  # fmt: skip
+def test_a_second_door_would_be_seen(code: str) -> None:
+    names = set(used(ast.parse(code)))
+    assert any(name == reader or name.startswith(f"{reader}.") for name in names for reader in READERS)

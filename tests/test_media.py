@@ -121,7 +121,7 @@ def test_decompression_bombs_are_refused_from_the_header(side: int, words: str) 
 def test_animations_are_refused() -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (0, 120, 250)]
     for format in ("GIF", "WEBP", "PNG"):
-        with pytest.raises(DataError, match="animated, 3 frames"):
+        with pytest.raises(DataError, match="animated"):
             media.pixels(saved(frames[0], format, save_all=True, append_images=frames[1:]))
 
 

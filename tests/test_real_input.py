@@ -144,7 +144,7 @@ def test_ranked_generations_and_prompts(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((SHARED / "image" / f"imagereward_{number}.webp").read_bytes())
     report = validate(RANKS, root=tmp_path)
     assert (report.pairs, report.prompts, report.ledger.rows, report.ledger.used) == (6, 1, 466, 1)
-    assert report.ledger.refused == {"missing or forbidden path": 465}
+    assert report.ledger.refused == {"missing file": 465}
     pairs, _ = load(RANKS, root=tmp_path, on_bad="skip")
     assert {p.caption for p in pairs} == {row["prompt"]} and all(
         p.meta["ranks"]["chosen"] < p.meta["ranks"]["rejected"] for p in pairs

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from mmpo import masking, yaml_source
 from mmpo import recipe as recipes
-from mmpo import yaml_source
 from mmpo.errors import RecipeError
 from mmpo.recipe import Resolved, dump, load, loss_parameters
 from mmpo.schema import Recipe, Term, recipe_class, section_at
@@ -313,7 +313,7 @@ def test_dump_loads_to_the_same_recipe_and_masks_secrets(tmp_path: Path) -> None
     )
 
 
-NAMES = st.text(max_size=8).map("x".__add__).filter(lambda name: not recipes._SECRET_KEY.search(name))  # those are masked
+NAMES = st.text(max_size=8).map("x".__add__).filter(lambda name: not masking.NAME.search(name))  # those are masked
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),

@@ -10,14 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,21 +28,12 @@ from mmpo.reference import Cached, Values, anew, unwrap
 from mmpo.reference import build as build_reference
 from mmpo.runlog import read
 from mmpo.schema import Recipe, ReferenceConfig, TrainConfig
+from mmpo.state import pack_optimizer, unpack_optimizer
 from mmpo.train import Run, batch_of, evaluate_now, learning_rate, optimize, order, record, resume, train
 from tests.tiny_run import line_pairs, line_run, make_world
 from tests.tiny_run import settings as tiny_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the first run's precision for the whole process."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
-    yield
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._shared_state.clear()
 
 
 def weight(run: Run) -> torch.Tensor:
@@ -104,9 +93,9 @@ def test_adafactor_moves_by_the_learning_rate_whatever_the_weight_is() -> None:
     optimizer.step()
     torch.testing.assert_close(model.weight, torch.full((3, 4), 0.01 - 1e-3))
     names: dict[torch.Tensor, str] = {model.weight: "weight"}
-    tensors, meta = checkpoint.pack_optimizer(optimizer, names)
+    tensors, meta = pack_optimizer(optimizer, names)
     again = launch.make_optimizer(recipe, model)
-    checkpoint.unpack_optimizer(again, names, tensors, json.loads(json.dumps(meta)))
+    unpack_optimizer(again, names, tensors, json.loads(json.dumps(meta)))
     after = []
     for each in (optimizer, again):
         model.weight.data.fill_(0.01)
@@ -262,6 +251,18 @@ def test_a_signal_lets_the_step_end_and_is_saved(
     assert resume(again) and again.progress.step == 3
     train(again, 6)
     assert torch.equal(weight(again), weight(whole)) and again.log.path.read_bytes() == whole.log.path.read_bytes()
+
+
+def test_a_signal_during_the_last_save_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, real = line_run(tmp_path), loop.save
+
+    def save(run: Run) -> None:
+        real(run)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "save", save)
+    with pytest.raises(Interrupted, match="SIGTERM: saved at step 6"):
+        train(run, 6)
 
 
 def test_resuming_elsewhere_says_in_one_line_that_the_bits_may_differ(

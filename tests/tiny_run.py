@@ -86,6 +86,7 @@ class Line:
     PROVIDES: frozenset[str] = frozenset()
     branches = ("chosen", "rejected")
     starts_from_adapter = False
+    weights: dict[str, str] = {}
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Several answers to each prompt (parquet or JSON lines), to be paired by their scores: prompt, image, score, seed."""
+"""Several answers to each prompt (parquet, JSON lines or CSV), to be paired by their scores: prompt, image, score, seed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 import pyarrow as pa
 
-from mmpo.datasets.fields import image_field, number_field, shown, text_field
+from mmpo.datasets.fields import image_field, number_field, text_field, whole_field
 from mmpo.datasets.formats.pick_a_pic import file_bytes
-from mmpo.datasets.ledger import BadField, Ledger, Row, import_rows
+from mmpo.datasets.ledger import Ledger, Row, import_rows
 from mmpo.datasets.pairing import Candidate
 from mmpo.datasets.tables import rows_of, write_parquet
 from mmpo.errors import DataError
@@ -20,7 +20,7 @@ SCHEMA = pa.schema([("prompt", pa.string()), ("image", pa.binary()), ("score", p
 
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
-    return kind in ("parquet", "jsonl") and columns >= {"prompt", "image"}
+    return kind in ("parquet", "jsonl", "csv") and columns >= {"prompt", "image"}
 
 
 def candidates(
@@ -38,10 +38,7 @@ def candidates(
 def _candidate(row: Row, root: Path) -> Candidate:
     prompt = (text(text_field(row, "prompt")),)
     score = None if row.get("score") is None else number_field(row, "score")
-    seed = row.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise BadField("seed", "a whole number", shown(seed))
-    return Candidate(prompt, image_field(row, "image", root), score, seed or 0)
+    return Candidate(prompt, image_field(row, "image", root), score, whole_field(row, "seed", 0))
 
 
 def write_candidates(rows: Iterable[Candidate], path: Path) -> int:

@@ -1,8 +1,8 @@
-"""Pick-a-Pic v1/v2 (parquet): a caption, two images as bytes, and the label of each: 1 won, 0 lost, 0.5 tied.
+"""Pick-a-Pic v1/v2 (parquet, or JSON lines and CSV with paths): a caption, two images, and the label of each.
 
-Labels in between are soft: the probability that this image is the better one. SmPO's rescored copy adds the PickScore of
-both images (ps_score_0, ps_score_1: cosines, plain or as lists of one); the soft label they give (`soft_labels`) takes the
-place of what people said.
+A label is 1 (won), 0 (lost) or 0.5 (tied). Labels in between are soft: the probability that this image is the better one.
+SmPO's rescored copy adds the PickScore of both images (ps_score_0, ps_score_1: cosines, plain or as lists of one); the soft
+label they give (`soft_labels`) takes the place of what people said.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from mmpo import media
-from mmpo.datasets.fields import image_field, image_pair, number_field, shown, text_field
+from mmpo.datasets.fields import finite, flag_field, image_field, image_pair, number_field, shown, text_field
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, import_rows
-from mmpo.datasets.tables import parquet_rows, write_parquet
+from mmpo.datasets.tables import rows_of, write_parquet
 from mmpo.errors import DataError
 from mmpo.pair import Block, Pair
 
 KEEP = {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}
-OPTIONAL = ["are_different", "has_label", "weight", "margin", "score_0", "score_1", "ps_score_0", "ps_score_1"]
+OPTIONAL = ["id", "are_different", "has_label", "weight", "margin", "score_0", "score_1", "ps_score_0", "ps_score_1"]
 PS_RANGE = 0.28201571106910706 - 0.11543526500463486  # greatest and least cosine of Pick-a-Pic v2, from SmPO's train.py
 SCHEMA = pa.schema(
     [
@@ -38,13 +38,13 @@ SCHEMA = pa.schema(
 
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
-    return kind == "parquet" and columns >= KEEP
+    return kind in ("parquet", "jsonl", "csv") and columns >= KEEP
 
 
 def pick_a_pic(
     path: Path, *, root: Path | None = None, ties: Literal["drop", "soft"] = "drop", ledger: Ledger
 ) -> Iterator[Pair]:
-    """Pairs of a parquet file, or of all parquet files of a folder.
+    """Pairs of a parquet file, of all parquet files of a folder, or of JSON lines or CSV, where images are paths.
 
     A soft label becomes the pair's `label`, and is noted in the ledger; the likelier image is chosen. ties: "drop" skips
     rows that people labelled 0.5, "soft" keeps them with `label` 0.5 (image 0 as chosen). Rows with `are_different` or
@@ -52,16 +52,15 @@ def pick_a_pic(
     default. Raises DataError at the first bad row unless ledger.on_bad is "skip".
     """
     base = root or (path if path.is_dir() else path.parent)
-    rows = parquet_rows(path, [*sorted(KEEP), *OPTIONAL])
+    rows = rows_of(path, [*sorted(KEEP), *OPTIONAL])
     return import_rows(rows, lambda row: [_pair(row, base, ties, ledger)], ledger)
 
 
 def _pair(row: Row, root: Path, ties: str, ledger: Ledger) -> Pair:
     caption = text_field(row, "caption")
-    if row.get("has_label") is False:
-        raise Skip("has_label is false")
-    if row.get("are_different") is False:
-        raise Skip("are_different is false")
+    for name in ("has_label", "are_different"):
+        if flag_field(row, name) is False:
+            raise Skip(f"{name} is false")
     labels = _labels(row)
     if 0.5 in labels and ties == "drop":
         raise Skip("tie")
@@ -83,12 +82,13 @@ def _pair(row: Row, root: Path, ties: str, ledger: Ledger) -> Pair:
 
 def _labels(row: Row) -> tuple[float, float]:
     """Both labels, after checking that they are probabilities and add up to 1."""
-    for name in ("label_0", "label_1"):
-        if not 0 <= number_field(row, name) <= 1:
+    first, second = (number_field(row, name) for name in ("label_0", "label_1"))
+    for name, label in (("label_0", first), ("label_1", second)):
+        if not 0 <= label <= 1:
             raise BadField(name, "a number from 0 to 1", shown(row[name]))
-    if not math.isclose(row["label_0"] + row["label_1"], 1, abs_tol=1e-6):
-        raise BadField("label_1", f"{1 - row['label_0']:g}, as label_0 is {row['label_0']:g}", shown(row["label_1"]))
-    return float(row["label_0"]), float(row["label_1"])
+    if not math.isclose(first + second, 1, abs_tol=1e-6):
+        raise BadField("label_1", f"{1 - first:g}, as label_0 is {first:g}", shown(row["label_1"]))
+    return first, second
 
 
 def soft_labels(first: float, second: float) -> tuple[float, float]:
@@ -99,7 +99,7 @@ def soft_labels(first: float, second: float) -> tuple[float, float]:
 
 def _cosine(row: Row, name: str) -> float:
     value = row.get(name)
-    found = number_field({name: value[0] if isinstance(value, list) and len(value) == 1 else value}, name)
+    found = finite(value[0], name) if isinstance(value, list) and len(value) == 1 else number_field(row, name)
     if abs(found) > 1:
         raise BadField(name, "a cosine from -1 to 1 (PickScore without its logit scale)", shown(found))
     return found

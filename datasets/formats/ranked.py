@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from mmpo.datasets.fields import image_block, image_pair, list_field, shown, text_field
+from mmpo.datasets.fields import finite, image_block, image_pair, list_field, shown, text_field
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, import_rows
 from mmpo.datasets.tables import rows_of
 from mmpo.pair import Pair
@@ -32,9 +32,8 @@ def _pairs(row: Row, root: Path, ties: str, ledger: Ledger) -> list[Pair]:
     prompt = text_field(row, "prompt")
     names = list_field(row, "generations")
     ranks = list_field(row, "ranking", len(names))
-    for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not rank > 0:
-            raise BadField("ranking", "ranks from 1 (the best)", shown(list(ranks)))
+    if not all(finite(rank, "ranking") > 0 for rank in ranks):
+        raise BadField("ranking", "ranks from 1 (the best)", shown(list(ranks)))
     images = [image_block(name, f"generations[{i}]", root) for i, name in enumerate(names)]
     pairs = []
     for (rank, chosen), (other, rejected) in itertools.combinations(

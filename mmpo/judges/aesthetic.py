@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmpo.clip import load_clip
 from mmpo.judging import Blocks, Judge, JudgeResult, existing, score_in_batches
+from mmpo.weights import loading
 
 HEAD = "LAION's improved aesthetic head (sac+logos+ava1-l14-linearMSE) as .safetensors or .pth"
 
@@ -50,9 +51,7 @@ def load_head(path: Path) -> nn.Module:
     for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
         layers += [nn.Linear(inputs, outputs), *([nn.Dropout(dropouts[i])] if i < len(dropouts) else [])]
     model = nn.ModuleDict({"layers": nn.Sequential(*layers)})
-    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"judge aesthetic: {path} is not {HEAD}: {error}") from error
+    with loading(path, HEAD):
+        safe = path.suffix == ".safetensors"
+        model.load_state_dict(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
     return model["layers"].eval().requires_grad_(False)

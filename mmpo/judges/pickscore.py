@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmpo.judging import Blocks, Judge, JudgeResult, existing, score_in_batches
+from mmpo.weights import loading
 
 HUB = "yuvalkirstain/PickScore_v1"
 
@@ -26,14 +27,15 @@ def pickscore(
     transformers CLIPModel (safetensors) and its processor. allow_download: path may be a hub id, by default the authors'.
     Raises ValueError when there are no weights.
     """
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     source = (
         str(path or HUB) if allow_download else existing(path, "pickscore", "a directory with a CLIPModel and its processor")
     )
-    model = CLIPModel.from_pretrained(source, local_files_only=not allow_download, use_safetensors=True)
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=not allow_download)
-    processor = CLIPImageProcessor.from_pretrained(source, local_files_only=not allow_download)
+    with loading(source, "a CLIPModel as safetensors and its processor"):
+        model = CLIPModel.from_pretrained(source, local_files_only=not allow_download, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=not allow_download)
+        processor = CLIPImageProcessor.from_pretrained(source, local_files_only=not allow_download)
     model = model.float().to(device).eval().requires_grad_(False)
     length = model.config.text_config.max_position_embeddings
 

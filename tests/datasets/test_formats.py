@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -92,7 +93,10 @@ def pick(tmp_path: Path, photos: dict[str, np.ndarray]) -> Path:
 
 
 SKIPPED = {"tie": 2, "identical sides": 1, "are_different is false": 1, "has_label is false": 1}
-REFUSED = {"missing prompt": 2, "bad label_0": 3, "bad label_1": 2, "missing image": 2, "undecodable image": 3, "bad weight": 1}
+REFUSED = {
+    "missing prompt": 2, "bad label_0": 1, "missing label_0": 1, "label_0 not finite": 1, "bad label_1": 2, "missing image": 2,
+    "undecodable image": 3, "bad weight": 1,
+}  # fmt: skip
 
 
 def test_pick_a_pic_counts_every_row(pick: Path, photos: dict[str, np.ndarray]) -> None:
@@ -125,7 +129,7 @@ def test_validate_lists_everything(pick: Path) -> None:
     lines = report.lines()
     assert lines[2] == "pick.parquet:row 25 field 'label_0': expected a number from 0 to 1, found 2.0"
     assert lines[4] == "pick.parquet:row 27 field 'label_1': expected 0, as label_0 is 1, found 1.0"
-    assert "refused 3: undecodable image" in str(report) and "animated, 2 frames" in str(report)
+    assert "refused 3: undecodable image" in str(report) and "animated" in str(report)
     assert report.ledger.skipped == SKIPPED and report.ledger.refused == REFUSED
 
 
@@ -276,8 +280,9 @@ def test_image_folder_with_metadata(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\nnot json\n\n[1]\n")
     pairs, ledger = load(tmp_path, on_bad="skip")
     assert [p.caption for p in pairs] == ["ok"] and pairs[0].rejected[0].path == "sub/b.png"
-    assert ledger.refused == {"missing or forbidden path": 3, "unreadable line": 2}
-    assert ledger.examples["unreadable line"] == ["metadata.jsonl:line 5", "metadata.jsonl:line 7"]
+    assert ledger.refused == {"forbidden path": 2, "missing file": 1, "bad JSON": 1, "not an object": 1}
+    assert ledger.examples["bad JSON"] == ["metadata.jsonl:line 5"]
+    assert ledger.examples["not an object"] == ["metadata.jsonl:line 7"]
 
 
 def test_conflicting_captions_are_an_error(tmp_path: Path) -> None:
@@ -318,7 +323,7 @@ def test_unpaired_csv(tmp_path: Path) -> None:
     (tmp_path / "k.csv").write_bytes(b"\xef\xbb\xbf" + body.encode())
     pairs, ledger = load(tmp_path / "k.csv", on_bad="skip")
     assert [(p.caption, bool(p.chosen), bool(p.rejected)) for p in pairs] == [("one, two", True, False), ("b", False, True)]
-    expected = {"bad label": 1, "missing prompt": 1, "missing or forbidden path": 1, "unreadable line": 1}
+    expected = {"bad label": 1, "missing prompt": 1, "forbidden path": 1, "wrong number of columns": 1}
     assert ledger.refused == expected and ledger.rows == 6
     with pytest.raises(DataError, match="k.csv:line 4 field 'label': expected 0 or 1, .*found '0.5'"):
         load(tmp_path / "k.csv")
@@ -370,7 +375,10 @@ def test_candidates_as_lines_with_paths(tmp_path: Path) -> None:
         ("x.json", b"[" * 100_000),
         ("x.json", b"\xff\xfe[]"),
         ("x.csv", b"a,b\n1,2\n"),
-        ("x.csv", b"file_path,caption,label\n\xff\xfe,a,1\n"),
+        ("x.csv", b"file_path,caption,label\xff\n"),
+        ("x.csv", b"file_path,caption,label,label\na.png,a,1,1\n"),
+        ("x.jsonl.gz", gzip.compress(b'{"prompt": "p", "image": "a.png"}')[:-9]),
+        ("x.json.gz", gzip.compress(b"[]")),
         ("x.jsonl", b"{" * 5000),
         ("x.json", b"[]"),
         ("x.bin", b"\0\1\2"),
@@ -434,4 +442,4 @@ def test_imagereward_all_466_prompts(tmp_path: Path) -> None:
     assert ledger.used == ledger.rows == 466 and len({p.id for p in pairs}) == len(pairs)
     assert all(p.meta["ranks"]["chosen"] < p.meta["ranks"]["rejected"] for p in pairs)
     missing = validate(path, root=SHARED / "image")
-    assert missing.bad == 466 and missing.ledger.refused == {"missing or forbidden path": 466}
+    assert missing.bad == 466 and missing.ledger.refused == {"missing file": 466}

@@ -1,0 +1,54 @@
+"""T1: many SIGKILLs of a tiny diffusion run, at any moment and again while it recovers; the bits are the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.killed_runs import JUDGE, killed_cold, trials
+from tests.reliability.counters import FULL, counter
+from tests.tiny_run import make_world
+
+WORDS = (JUDGE, "train.steps=20", "train.save_every=5", "eval.every=10", "data.prompt_dropout=0.2")
+KILLS = 200 if FULL else 40
+COLD = 20
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> dict[str, bytes]:
+    """The outcome of a run that nobody disturbs, after the killed ones were found to have the same."""
+    began = time.monotonic()
+
+    def half(seed: int) -> tuple[dict[str, bytes], int]:
+        folder = world / str(seed)
+        folder.mkdir()
+        for name in ("pipe", "rows.parquet"):
+            (folder / name).symlink_to(world / name)
+        return trials(folder, seed, WORDS, KILLS // 20, low=0.2, most=4, kills=KILLS // 2)
+
+    with ThreadPoolExecutor(2) as pool:  # two servers, for machines of two cores
+        (expected, killed), (_, more) = pool.map(half, (1, 2))
+    counter("T1", "SIGKILL of a forked run", killed + more, "0 outcomes differ", time.monotonic() - began)
+    return expected
+
+
+def test_killed_again_and_again(whole: dict[str, bytes]) -> None:
+    assert whole.keys() >= {"log.jsonl", "best/policy.safetensors", "summary.json", "checkpoint/optimizer.safetensors"}
+
+
+@pytest.mark.skipif(not FULL, reason="tests/test_resume.py kills two cold starts; MMPO_FULL=1 kills twenty more")
+def test_cold_starts_of_the_command_line(world: Path, whole: dict[str, bytes]) -> None:
+    began, moments = time.monotonic(), random.Random(2)
+    killed_cold(world / "1", [moments.uniform(0.2, 0.9) for _ in range(COLD)], whole, *WORDS)
+    counter("T1", "SIGKILL of the command line", COLD, "0 outcomes differ", time.monotonic() - began)
