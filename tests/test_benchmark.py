@@ -10,9 +10,9 @@ import pytest
 from benchmarks import diffusion_step as bench
 
 
-@pytest.fixture(scope="module")
-def contestants(tmp_path_factory: pytest.TempPathFactory) -> list[bench.Variant]:
-    return bench.variants(tmp_path_factory.mktemp("benchmark"), bench.pairs(4), batch_size=2)
+@pytest.fixture
+def contestants(tmp_path: Path) -> list[bench.Variant]:
+    return bench.variants(tmp_path, bench.pairs(4), batch_size=2)
 
 
 def test_the_same_draw_gives_the_scripts_loss_and_gradients(contestants: list[bench.Variant]) -> None:
