@@ -254,7 +254,9 @@ def self_check(run: Run) -> None:
             f"the loss of pair {pairs[int((~result.loss.isfinite()).nonzero()[0])].id} is not finite before the first step"
         )
     checked = "margin exactly 0, " if margin is not None and same else ""
-    say(run, f"  self-check: {checked}loss {float(result.loss.mean()):.6f} before the first step")
+    parts = {k.removeprefix("loss/"): float(v.mean()) for k, v in result.metrics.items() if k.startswith("loss/")}
+    told = f" ({', '.join(f'{name} {value:.6f}' for name, value in parts.items())})" if parts else ""
+    say(run, f"  self-check: {checked}loss {float(result.loss.mean()):.6f}{told} before the first step")
 
 
 def _rounds(run: Run, data: Prepared) -> None:
