@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import distributed
 from tqdm import tqdm
 
 from mmpo import checkpoint, drift, evaluate
@@ -68,10 +69,24 @@ def run(resolved: Resolved) -> int:
             _begin(*current)
         earlier = current[0].progress.seconds
         _rounds(*current)
+        _leave_the_others(current[0])
         if main:
             finish(*current, seconds=earlier + time.monotonic() - started)
         current[0].accelerator.end_training()
     return 0
+
+
+def _leave_the_others(run: Run) -> None:
+    """The processes part: no collective call may come after this.
+
+    The DDP wrapper holds the process group, whose threads must be joined while the interpreter still lives: a group that is
+    torn down by the interpreter's exit aborts some processes, and torchrun then kills the first while it writes the report.
+    """
+    run.model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    run.accelerator.free_memory()
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -274,8 +289,7 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
     """Put the best weights in, compare with the base on the test prompts, and write samples, summary, export, report."""
     from mmpo.export import write as write_export  # which opens runs by this module
 
-    # The other processes are done, so no collective call may come after this; and from here on both models run without
-    # autocast, as they will after their export.
+    # Both models run without autocast from here on, as they will after their export.
     run.model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     load_best(run)
     test = evaluate.trials(data.test or data.select, run.recipe.eval.test_seeds, "test", run.recipe.seed)
