@@ -22,7 +22,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.rounds import measure, ratio
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache
@@ -244,26 +244,6 @@ def counts(variant: Variant, step: int = 0) -> dict[str, int]:
     for hook in hooks:
         hook.remove()
     return {"flops": int(counter.get_total_flops()), **calls}
-
-
-def measure(contestants: Sequence[Variant], rounds: int, batches: int, warmup: int = 2) -> dict[str, np.ndarray]:
-    """(rounds, 2) seconds of process CPU and of wall clock per variant, in turns that begin with another one each round."""
-    seconds: dict[str, list[tuple[float, float]]] = {v.name: [] for v in contestants}
-    for number in range(warmup + rounds):
-        for place in range(len(contestants)):
-            variant = contestants[(number + place) % len(contestants)]
-            cpu, wall = time.process_time(), time.perf_counter()
-            variant.step(number % batches)
-            seconds[variant.name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return {name: np.array(values[warmup:]) for name, values in seconds.items()}
-
-
-def ratio(slow: np.ndarray, fast: np.ndarray, draws: int = 10_000) -> dict[str, float]:
-    """The ratio of medians, with its 95 % bootstrap interval over rounds (a round's two times stay together)."""
-    rows = np.random.default_rng(0).integers(len(slow), size=(draws, len(slow)))
-    spread = np.median(slow[rows], axis=1) / np.median(fast[rows], axis=1)
-    low, high = np.quantile(spread, [0.025, 0.975])
-    return {"value": float(np.median(slow) / np.median(fast)), "low": float(low), "high": float(high)}
 
 
 def results(contestants: Sequence[Variant], found: dict[str, np.ndarray], counted: dict[str, dict[str, int]]) -> dict[str, Any]:

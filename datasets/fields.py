@@ -14,7 +14,7 @@ from mmpo.datasets.pairing import pair_id
 from mmpo.errors import DataError
 from mmpo.pair import Block, Pair, image, text
 
-MAX_TEXT = 1_000_000  # characters of a prompt
+MAX_TEXT = 1_000_000  # characters of a prompt or an answer
 
 
 def shown(value: Any) -> str:
@@ -32,8 +32,13 @@ def text_field(row: Row, *names: str) -> str:
     name, value = next(((n, row[n]) for n in names if row.get(n) is not None), (names[0], None))
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadField(name, "text that is not empty", shown(value), "missing prompt")
+    return checked_text(value, name)
+
+
+def checked_text(value: Any, name: str) -> str:
+    """Text, blank or not, that UTF-8 can hold and that is no book."""
     if not isinstance(value, str):
-        raise BadField(name, "text", shown(value), f"wrong type of {name}")
+        raise BadField(name, "text", shown(value), f"wrong type of {name.partition('[')[0]}")
     if len(value) > MAX_TEXT:
         raise BadField(name, f"at most {MAX_TEXT} characters", f"{len(value)}", "too long")
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mmpo.datasets.ledger import Ledger, Policy
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.datasets.tables import columns_of, kind_of
-from mmpo.errors import DataError
+from mmpo.errors import DataError, RecipeError
 from mmpo.find import find, names
 from mmpo.pair import Pair
 
@@ -32,6 +32,11 @@ def detect(path: str | Path) -> str:
     raise DataError(f"{path}: a {kind} with {found} {verdict}; set format to one of: {', '.join(names(ROOM))}")
 
 
+def holds_candidates(format: str) -> bool:
+    """Whether a format's rows are answers to be paired by their scores. Raises RecipeError when there is no such format."""
+    return getattr(importlib.import_module(find(ROOM, format).__module__), "CANDIDATES", False)
+
+
 def rows(
     path: str | Path,
     ledger: Ledger,
@@ -39,14 +44,18 @@ def rows(
     format: str | None = None,
     root: str | Path | None = None,
     ties: Literal["drop", "soft"] = "drop",
+    aspect: str | None = None,
 ) -> Iterator[Any]:
-    """The rows of a dataset as Pairs (Candidates for the candidates format), one at a time; `ledger` accounts for them."""
+    """The rows of a dataset as Pairs (Candidates where the format holds those), one at a time; `ledger` accounts for them."""
     if ties not in ("drop", "soft"):
         raise ValueError(f"ties: expected 'drop' or 'soft', found {ties!r}")
     if not Path(path).exists():
         raise DataError(f"{path}: no such file or folder")
     importer = find(ROOM, format or detect(path))
-    return importer(Path(path), root=None if root is None else Path(root), ties=ties, ledger=ledger)
+    if aspect and not getattr(importlib.import_module(importer.__module__), "ASPECTS", False):
+        raise RecipeError(f"aspect {aspect!r}: format {importer.__name__} has no scores by aspect")
+    options = {"aspect": aspect} if aspect else {}
+    return importer(Path(path), root=None if root is None else Path(root), ties=ties, ledger=ledger, **options)
 
 
 def pairs(
@@ -56,14 +65,15 @@ def pairs(
     format: str | None = None,
     root: str | Path | None = None,
     ties: Literal["drop", "soft"] = "drop",
+    aspect: str | None = None,
     strategy: str = "best_worst",
     margin: float = 0.0,
     seed: int = 0,
 ) -> Iterator[Pair]:
     """The pairs of a dataset, one at a time; candidates are all read first, because a pair depends on its whole group."""
     chosen = format or detect(path)
-    items = rows(path, ledger, format=chosen, root=root, ties=ties)
-    if chosen != "candidates":
+    items = rows(path, ledger, format=chosen, root=root, ties=ties, aspect=aspect)
+    if not holds_candidates(chosen):
         return _numbered(items, ledger)
     made, drops = pair_up(_scored(items), strategy, margin=margin, seed=seed)
     ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in drops.items()})
@@ -84,7 +94,8 @@ def load(
     bad_budget: DataError when more than this share of the rows read is bad. limit: stop after so many pairs.
     options are those of `pairs`. format: a file of datasets/formats, by default detected. root: the folder that paths in
     rows start from, by default the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5.
-    strategy, margin, seed: how candidates are paired (see mmpo.datasets.pairing), which also refuses unscored ones.
+    aspect: of a format with scores by aspect, the one that counts. strategy, margin, seed: how candidates are paired (see
+    mmpo.datasets.pairing), which also refuses unscored ones.
     Every image is decoded once, so that a run never meets a damaged one, and kept as the bytes of its file. A pair that
     occurs again gets the id `<id>#2`.
     """
@@ -97,14 +108,16 @@ def load(
 def load_candidates(
     path: str | Path,
     *,
+    format: str = "candidates",
     root: str | Path | None = None,
+    aspect: str | None = None,
     on_bad: Policy = "refuse",
     bad_budget: float = 1.0,
     limit: int | None = None,
 ) -> tuple[dict[str, list[Candidate]], Ledger]:
     """The first `limit` candidates of a file by prompt, scored or not, and the ledger: what judges and `pair_up` start from."""
     ledger = Ledger(on_bad)
-    groups = by_prompt(itertools.islice(rows(path, ledger, format="candidates", root=root), limit))
+    groups = by_prompt(itertools.islice(rows(path, ledger, format=format, root=root, aspect=aspect), limit))
     ledger.check_budget(bad_budget)
     return groups, ledger
 

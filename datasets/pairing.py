@@ -11,19 +11,24 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from mmpo.pair import Block, Pair
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One answer to a prompt. score: higher is better, None when nobody has judged it; seed: what it was sampled with."""
+    """One answer to a prompt. score: higher is better, None when nobody has judged it; seed: what it was sampled with.
+
+    meta: what else the data say of it, e.g. who wrote it and its score by aspect.
+    """
 
     prompt: tuple[Block, ...]
     block: Block
     score: float | None = None
     seed: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def value(self) -> float:
@@ -167,6 +172,7 @@ def _kept(matches: list[Match], margin: float, limit: int | None, seed: int, dro
 
 
 def _pair(better: Candidate, worse: Candidate) -> Pair:
+    told = {"chosen": dict(better.meta), "rejected": dict(worse.meta)}
     return Pair(
         pair_id(better.prompt, (better.block,), (worse.block,)),
         better.prompt,
@@ -174,7 +180,7 @@ def _pair(better: Candidate, worse: Candidate) -> Pair:
         (worse.block,),
         scores={"chosen": better.value, "rejected": worse.value},
         group=digest(*better.prompt),
-        meta={"seeds": {"chosen": better.seed, "rejected": worse.seed}},
+        meta={"seeds": {"chosen": better.seed, "rejected": worse.seed}} | ({"answers": told} if any(told.values()) else {}),
     )
 
 

@@ -307,3 +307,28 @@ def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:
     finally:
         partial.unlink(missing_ok=True)  # still there only when something was raised
     return count
+
+
+def write_json(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows as one file, replaced as a whole: a JSON list if it is called .json, otherwise JSON lines; returns how many.
+
+    A name that ends in .jsonl.gz is gzipped, the same bytes for the same rows.
+    """
+    if _suffix(path) not in (".json", ".jsonl", ".ndjson") or path.name.endswith(".json.gz"):
+        raise DataError(f"{path}: expected a name that ends in .jsonl, .jsonl.gz or .json")
+    start, between, end = ("[\n", ",\n", "\n]\n") if _suffix(path) == ".json" else ("", "\n", "\n")
+    partial, count = path.with_name(path.name + ".partial"), 0
+    try:
+        with open(partial, "wb") as raw, _zipped(raw, path) as file:
+            for count, row in enumerate(rows, start=1):
+                file.write(((between if count > 1 else start) + json.dumps(row, ensure_ascii=False)).encode())
+            file.write((end if count else (start + end).lstrip("\n")).encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _zipped(raw: IO[bytes], path: Path) -> Any:
+    """The file itself, or a gzip stream into it that carries no time and no name."""
+    return gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else contextlib.nullcontext(raw)

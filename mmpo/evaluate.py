@@ -6,15 +6,17 @@ at the end, with seeds of its own, and is what the summary reports.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mmpo import measures
 from mmpo import reference as references
 from mmpo.judging import Judge
 from mmpo.modality import DrawKey, Modality
@@ -34,12 +36,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Samples:
-    """Generations of one model for the trials, flat in trial order, and the judge's view of them (n,)."""
+    """Generations of one model for the trials, flat in trial order, and the judge's view of them (n,).
+
+    nats: by name, (n,), what `measures.against_reference` says of them under the aligned model; empty where nothing does.
+    """
 
     blocks: list[Block]
     scores: np.ndarray
     correct: np.ndarray | None
     diversity: float
+    nats: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def unjudged(cls, blocks: list[Block]) -> Samples:
@@ -47,7 +53,14 @@ class Samples:
         return cls(blocks, np.full(len(blocks), np.nan), None, float("nan"))
 
     def summary(self) -> dict[str, float]:
-        out = {"score": float(self.scores.mean()), "diversity": self.diversity}
+        """Means over the samples, of what was measured: score, diversity, characters of texts, KL, share that is right."""
+        out = {"score": float(self.scores.mean())}
+        if self.diversity == self.diversity:  # measured, so not NaN
+            out["diversity"] = self.diversity
+        if lengths := [len(b.data) for b in self.blocks if b.kind == "text"]:
+            out["length"] = float(np.mean(lengths))
+        if "kl" in self.nats:
+            out["kl"] = float(self.nats["kl"].mean())
         return out if self.correct is None else out | {"correct": float(self.correct.mean())}
 
 
@@ -70,16 +83,38 @@ def sample(modality: Modality, model: nn.Module, judge: Judge, trials: Sequence[
     return Samples(blocks, verdict.scores.double().numpy(), correct, _diversity(blocks, trials))
 
 
+def with_nats(
+    modality: Modality, model: nn.Module, reference: Any, trials: Sequence[Trial], samples: Samples, own: bool = True
+) -> Samples:
+    """The samples with what `model` thinks of them. own: whether it sampled them, or their divergence means nothing."""
+    prompts = [t.prompt for t in trials for _ in t.seeds]
+    found = measures.against_reference(modality, model, reference, prompts, samples.blocks)
+    return replace(samples, nats={name: values for name, values in found.items() if own or name != "kl"})
+
+
 def _diversity(blocks: Sequence[Block], trials: Sequence[Trial]) -> float:
-    """Mean root-mean-square distance between the generations of one prompt under different seeds, in [0, 1]."""
-    arrays, distances, start = [np.asarray(b.data, np.float32) / 255 for b in blocks], [], 0
+    """Mean distance between the generations of one prompt under different seeds, in [0, 1]; NaN where each has but one."""
+    distances, start = [], 0
     for trial in trials:
-        group = arrays[start : start + len(trial.seeds)]
+        group = blocks[start : start + len(trial.seeds)]
         start += len(trial.seeds)
-        distances += [
-            float(np.sqrt(np.mean((a - b) ** 2))) for i, a in enumerate(group) for b in group[:i] if a.shape == b.shape
-        ]
-    return float(np.mean(distances)) if distances else 0.0
+        distances += [DISTANCES[a.kind](a, b) for i, a in enumerate(group) for b in group[:i]]
+    told = [d for d in distances if d is not None]
+    return float(np.mean(told)) if told else float("nan")
+
+
+def _pixels_apart(a: Block, b: Block) -> float | None:
+    """Root-mean-square distance of two pictures of one size."""
+    first, second = (np.asarray(x.data, np.float32) / 255 for x in (a, b))
+    return float(np.sqrt(np.mean((first - second) ** 2))) if first.shape == second.shape else None
+
+
+def _words_apart(a: Block, b: Block) -> float:
+    """Share of the words of two texts that are not matched, in order, by the other's."""
+    return 1 - difflib.SequenceMatcher(None, str(a.data).split(), str(b.data).split(), autojunk=False).ratio()
+
+
+DISTANCES: dict[str, Callable[[Block, Block], float | None]] = {"image": _pixels_apart, "text": _words_apart}
 
 
 def win_rate(aligned: np.ndarray, base: np.ndarray, per_prompt: int, seed: int = 0) -> dict[str, float]:
@@ -99,38 +134,27 @@ def evaluate_pairs(
 ) -> dict[str, Any]:
     """Implicit accuracy on held-out pairs: is the log-ratio of chosen above that of rejected, averaged over `draws` draws?
 
-    Ties count half, so an untrained policy reads exactly 0.5. Also: the mean margin, the drift of both members' errors
-    against the reference (positive = the policy got worse on it: displacement), and accuracy by place on the schedule.
+    Ties count half, so an untrained policy reads exactly 0.5. Also: the mean margin, what `measures.summarise` tells of the
+    pairs, and accuracy by place on the schedule where the draws have one.
     """
-    margins, times = [], []
-    drift: dict[str, list[torch.Tensor]] = {"chosen": [], "rejected": []}
+    rows: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(draws)]
+    wants = measures.CONFIDENCE & modality.PROVIDES
     for index in range(draws):
         for start in range(0, len(pairs), batch):
             part = list(pairs[start : start + batch])
             drawn = modality.draw(modality.encode(part), [DrawKey(seed, "heldout/" + p.id, index) for p in part], model)
-            policy, ref = modality.score(model, drawn), references.score(reference, modality, model, drawn)
-            ratio = {b: (policy[b].logp - ref[b].logp if ref else policy[b].logp).sum(-1) for b in ("chosen", "rejected")}
-            margins.append(ratio["chosen"] - ratio["rejected"])
-            times.append(drawn.time)
-            for branch in drift if ref else ():
-                drift[branch].append(-ratio[branch][policy[branch].mask.any(-1)])
-    margin = torch.cat(margins).view(draws, -1).cpu()
-    time = torch.cat(times).view(draws, -1).cpu()
+            ref = references.score(reference, modality, model, drawn)
+            found = measures.of_batch(modality.score(model, drawn, wants), ref)
+            rows[index].append(found | ({"time": drawn.time} if hasattr(drawn, "time") else {}))
+    whole = {name: torch.stack([torch.cat([r[name] for r in draw]) for draw in rows]).cpu() for name in rows[0][0]}
+    margin = whole["ratio_chosen"].nan_to_num() - whole["ratio_rejected"].nan_to_num()
     return {
         "accuracy": float(accuracy(margin.mean(0)).mean()),
         "accuracy_per_draw": float(accuracy(margin).mean()),
         "margin": float(margin.mean()),
-        "drift": _drift({b: torch.cat(v).view(draws, -1).mean(0) for b, v in drift.items() if sum(map(len, v))}),
-        "by_time": _by_time(margin.flatten(), time.flatten()),
+        "by_time": _by_time(margin.flatten(), whole["time"].flatten()) if "time" in whole else [],
+        **measures.summarise(whole, reference is not None),
     }
-
-
-def _drift(pairs: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Means over the pairs, and the standard error of the chosen side's, from means of each pair (n,) by branch."""
-    out = {branch: float(values.mean()) for branch, values in pairs.items()}
-    if "chosen" in pairs and len(pairs["chosen"]) > 1:
-        out["chosen_error"] = float(pairs["chosen"].std() / len(pairs["chosen"]) ** 0.5)
-    return out
 
 
 def _by_time(margin: torch.Tensor, time: torch.Tensor) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from mmpo import checkpoint
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.errors import RunFailed
-from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate
+from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate, with_nats
 from mmpo.evaluate import sample as sample_and_judge
 from mmpo.launch import build_objective, make_judge, make_modality
 from mmpo.pair import text
@@ -75,7 +75,7 @@ def export(run: Path, out: Path | None, merge: bool) -> None:
 
 
 def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
-    """base/NNN.png and aligned/NNN.png for the prompts, same seeds, and a sheet of both."""
+    """Samples of base and aligned model for the prompts, same seeds, and a sheet of both."""
     _, modality, start = open_run(run)
     asked = [(text(p),) for p in prompts]
     seeds = [seed + i for i in range(len(prompts))]
@@ -83,7 +83,7 @@ def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
         before = modality.sample(base, asked, seeds)
     after = modality.sample(modality.model, asked, seeds)
     modality.write_samples(out, asked, Samples.unjudged(before), Samples.unjudged(after))
-    print(out / "sheet.png")
+    print(*sorted(out.glob("sheet.*")))
 
 
 def evaluate(run: Path) -> None:
@@ -102,7 +102,7 @@ def evaluate(run: Path) -> None:
         test = trials(data.test or data.select, spec.eval.test_seeds, "test", spec.seed)
         with start.active(modality.model) as module:
             base = sample_and_judge(modality, module, judge, test)
-        aligned = sample_and_judge(modality, modality.model, judge, test)
+        aligned = with_nats(modality, modality.model, reference, test, sample_and_judge(modality, modality.model, judge, test))
         found |= {"base": base.summary(), "aligned": aligned.summary()}
         found["win_rate"] = win_rate(aligned.scores, base.scores, spec.eval.test_seeds)
     print(json.dumps(found, indent=2))

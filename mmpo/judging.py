@@ -46,6 +46,13 @@ def caption_of(prompt: Blocks) -> str:
     return words
 
 
+def words_of(answer: Blocks) -> str:
+    """The answer's text, which may be empty. Raises ValueError when it is not text only."""
+    if not answer or any(block.kind != "text" for block in answer):
+        raise ValueError(f"a judge of text needs an answer of text, found {[b.kind for b in answer] or 'nothing'}")
+    return " ".join(str(block.data) for block in answer)
+
+
 def picture_of(answer: Blocks) -> Image.Image:
     """The answer's only image, upright RGB. Raises ValueError when it has none or several."""
     images = [block for block in answer if block.kind == "image"]

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ from accelerate.utils import set_seed
 from torch import distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, drift, evaluate
+from mmpo import checkpoint, ches, drift, evaluate, tiers
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
 from mmpo.diagnosis import diagnose
-from mmpo.errors import MissingExtra, RecipeError, RunFailed
+from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 from mmpo.evaluate import Samples
 from mmpo.find import find
 from mmpo.judging import Judge
 from mmpo.lock import RunLock
 from mmpo.masking import masked
-from mmpo.objective import Objective, make_term
+from mmpo.objective import SLOTS, Objective, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, keep_account, prepare
 from mmpo.recipe import Resolved
@@ -62,6 +63,7 @@ def run(resolved: Resolved) -> int:
         started = time.monotonic()
         objective = build_objective(resolved)
         adapter = find("modalities", recipe.modality)
+        tiers.check(recipe.reference.cache, objective, adapter.PROVIDES)
         objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
         set_seed(recipe.seed)  # python, numpy and torch
         current = build(resolved, folder, objective)
@@ -115,7 +117,8 @@ def build_objective(resolved: Resolved) -> Objective:
     terms = []
     for term in resolved.recipe.objective:
         options = recipes.loss_parameters(term)
-        terms.append(make_term(term.loss, term.of, weight=term.weight, reduce=term.reduce, link=term.link, **options))
+        slots = {name: getattr(term, name) for name in SLOTS}
+        terms.append(make_term(term.loss, term.of, **{k: v for k, v in slots.items() if v is not None}, **options))
     return Objective(terms)
 
 
@@ -125,16 +128,24 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     accelerator = make_accelerator(recipe, folder)
     modality = make_modality(recipe, folder, accelerator.device)
     judge = make_judge(recipe, modality, accelerator.device)
-    data = prepare(recipe, str(modality.embedded_data), judge)
+    data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
+    runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
+    planned = modality.plan(data.train, recipe.train.batch_size, runs_reference)
     _check_pairs(objective, data.train)
     reference: Any = references.build(recipe.reference, modality, modality.model)
     if accelerator.is_main_process:
         keep_account(folder, data, resolved.allow_drift)
+        for name, count in data.account["limits"].items():
+            tqdm.write(f"{count} {name}")
+        if planned:
+            tqdm.write(planned)
         drift.claim_inputs(folder, inputs_of(recipe, modality, reference), resolved.allow_drift)
-    _encode(modality, data.train + data.heldout)
+    _encode(modality, data.train + data.heldout + data.shifted)
+    data = _undisplaced(recipe, data, modality)
     ema = Values(modality.model, recipe.train.ema) if recipe.train.ema else None
     if reference is not None and recipe.reference.cache:
-        reference = Cached(reference, Cache(_cache_file(recipe, folder, "reference")), modality.model)
+        file = _cache_file(recipe, folder, "reference")
+        reference = Cached(reference, Cache(file), modality.model, recipe.reference.cache)
     if not trainable(modality.model):
         raise RunFailed("the model has no trainable parameter: set model.adapter: full, or lora targets that exist in it")
     kind, own_adapter = recipe.reference.kind, modality.starts_from_adapter
@@ -143,7 +154,7 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     model, optimizer = accelerator.prepare(modality.model, make_optimizer(recipe, modality.model))
     select = evaluate.trials(data.select, recipe.eval.seeds, "select", recipe.seed)
     parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
-    return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start), data
+    return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start, data.shifted), data
 
 
 def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
@@ -201,7 +212,35 @@ def _encode(modality: Any, pairs: list[Pair], chunk: int = 64) -> None:
         modality.encode(pairs[start : start + chunk])
 
 
+def _admitted(data: Prepared, modality: Any) -> Prepared:
+    """The pairs that the modality can score within the recipe's limits; what is left out or changed is counted and said."""
+    train, counts = modality.admit(data.train)
+    heldout, more = modality.admit(data.heldout)
+    shifted, others = modality.admit(data.shifted)
+    counts = {n: counts.get(n, 0) + more.get(n, 0) + others.get(n, 0) for n in {**counts, **more, **others}}
+    if not train:
+        raise DataError(f"{data.account['source']}: no pairs to train on ({counts})")
+    return replace(data, train=train, heldout=heldout, shifted=shifted, account=data.account | {"limits": counts})
+
+
+def _undisplaced(recipe: Recipe, data: Prepared, modality: Any) -> Prepared:
+    """The pairs without those that CHES tells to displace their chosen answer, where the recipe asks for that."""
+    if recipe.data.ches_keep is None:
+        return data
+    train = ches.keep(modality, modality.model, data.train, recipe.data.ches_keep)
+    dropped = data.account["dropped"] | {"pair: ln-CHES above the share kept": len(data.train) - len(train)}
+    return replace(data, train=train, account=data.account | {"dropped": dropped})
+
+
 def _check_pairs(objective: Objective, pairs: list[Pair]) -> None:
+    for pair in pairs:
+        for term in objective.terms:
+            unmarked = [b for b in term.of if b not in pair.spans and pair.branch(b)]
+            if term.weights == "spans" and unmarked:
+                raise RecipeError(
+                    f"row {pair.id} has no spans of its {unmarked[0]} side, by which {term.name} weighs units "
+                    "(weights: spans); a side that counts as a whole has an empty list of spans"
+                )
     if objective.needs_pairs:
         for pair in pairs:
             if not (pair.chosen and pair.rejected):
@@ -236,6 +275,9 @@ def _begin(run: Run, data: Prepared) -> None:
         "trainable": count,
         "account": data.account,
     }
+    if "hidden_sum" in run.modality.PROVIDES and run.heldout:  # of the start: what training is likely to displace
+        told = ches.score(run.modality, run.model, run.heldout)
+        entry |= {name: float(values.nanmean()) for name, values in told.items()}
     record(run, entry | {"beta": max(betas, default=None)})
     self_check(run)
     evaluate_now(run)
@@ -250,10 +292,14 @@ def self_check(run: Run) -> None:
     """
     with torch.no_grad():
         result, _, pairs = forward(run, 0, 0)
+        margin = result.metrics.get("rewards/margins")
+        if margin is not None and bool(margin.any()) and isinstance(run.reference, Cached):
+            # another run had these rows in other batches, which moves their last bits
+            result, _, pairs = forward(replace(run, reference=run.reference.inner), 0, 0)
+            margin = result.metrics["rewards/margins"]
     for term in run.objective.terms:
         if term.beta is not None:
             say(run, f"  {term.name}: {run.modality.describe(term.beta)}")
-    margin = result.metrics.get("rewards/margins")
     same = run.recipe.reference.kind in ("start", "adapter_off", "ema") and not (
         run.recipe.reference.kind == "adapter_off" and run.modality.starts_from_adapter
     )
@@ -317,6 +363,9 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
         with base_weights(run) as module:
             base = evaluate.sample(run.modality, module, run.judge, test)
         aligned = evaluate.sample(run.modality, run.model, run.judge, test)
+        reference = first_reference(run)
+        base = evaluate.with_nats(run.modality, run.model, reference, test, base, own=False)
+        aligned = evaluate.with_nats(run.modality, run.model, reference, test, aligned)
         summary["prompts"] = [" ".join(str(b.data) for b in t.prompt) for t in test for _ in t.seeds]
         summary |= {"base": base.summary(), "aligned": aligned.summary()}
         summary["win_rate"] = evaluate.win_rate(aligned.scores, base.scores, run.recipe.eval.test_seeds)

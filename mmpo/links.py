@@ -33,19 +33,22 @@ def jensen_shannon(u: Tensor) -> Tensor:
     return math.log(2) - F.softplus(-u)
 
 
-def alpha_divergence(u: Tensor) -> Tensor:
-    """f'(e^u) = -e^(-alpha u) / alpha with the paper's alpha = 1/2 (TRL's is 1 - alpha). Straight below u = -40."""
-    return -_expm1(-ALPHA * u) / ALPHA
+def alpha_divergence(u: Tensor, alpha: float = ALPHA) -> Tensor:
+    """f'(e^u) = -e^(-alpha u) / alpha with the paper's alpha in (0, 1), which TRL calls 1 - alpha.
+
+    Reverse KL as alpha -> 0, forward KL as alpha -> 1. Continued as a straight line below u = -20 / alpha.
+    """
+    return -_expm1(-alpha * u) / alpha
 
 
 LINKS = {f.__name__: f for f in (reverse_kl, forward_kl, jensen_shannon, alpha_divergence)}
 
 
-def apply(name: str, u: Tensor) -> Tensor:
-    """The named link of log-ratios u, any shape. Raises ValueError for a name that is not in LINKS."""
+def apply(name: str, u: Tensor, alpha: float = ALPHA) -> Tensor:
+    """The named link of log-ratios u, any shape; alpha is the alpha divergence's. Raises ValueError for an unknown name."""
     if name not in LINKS:
         raise ValueError(f"link: expected one of {', '.join(LINKS)}, got {name!r}")
-    return LINKS[name](u)
+    return alpha_divergence(u, alpha) if name == alpha_divergence.__name__ else LINKS[name](u)
 
 
 def _expm1(x: Tensor) -> Tensor:

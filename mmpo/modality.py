@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from mmpo.pair import Block, Pair
-from mmpo.scores import Scores
+from mmpo.scores import NOTHING, Scores
 
 if TYPE_CHECKING:
     from mmpo.evaluate import Samples
+    from mmpo.kernels.token_stats import Head
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Modality(Protocol):
     starts_from_adapter: bool  # the start of the run already carries a trained adapter
     weights: dict[str, str]  # digests of all that was loaded, by part: a run that goes on has to find the same
 
+    def admit(self, pairs: Sequence[Pair]) -> tuple[list[Pair], Mapping[str, int]]:
+        """The pairs it can score within its limits, and how many were left out or changed for their sake, by reason."""
+
+    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool) -> str:
+        """Settle how a step of so many of these pairs is run, where there is a choice; says what it will cost, or nothing.
+
+        reference: whether a step runs the reference model.
+        """
+
     def encode(self, pairs: Sequence[Pair]) -> list[Any]:
         """Run the frozen encoders: no gradient, cached by content digest, one result per pair."""
 
@@ -48,8 +58,14 @@ class Modality(Protocol):
         model: only read by draws that depend on it (inversion); under no_grad.
         """
 
-    def score(self, model: nn.Module, batch: Any) -> dict[str, Scores]:
-        """Likelihood of every branch, by one model call. Pure: the same parameters and batch give the same scores."""
+    def score(
+        self, model: nn.Module, batch: Any, wants: frozenset[str] = NOTHING, against: Mapping[str, Scores] | None = None
+    ) -> dict[str, Scores]:
+        """Likelihood of every branch, by one model call. Pure: the same parameters and batch give the same scores.
+
+        wants: what is asked for beyond logp, of PROVIDES, and "states" where those come from hidden states; a modality may
+        give more. against: the reference's scores of this batch, with states, for divergences from it.
+        """
 
     def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
         """One generation per prompt, each a pure function of the parameters, the prompt and its seed."""
@@ -74,3 +90,10 @@ class Modality(Protocol):
 
     def load_reference(self, path: str) -> nn.Module:
         """Another model of the same architecture, for reference.kind: path."""
+
+
+class GivesStates(Modality, Protocol):
+    """A modality that provides divergences: its scores have states where they are asked for."""
+
+    def head(self, model: nn.Module) -> Head:
+        """The layer that makes logits of `Scores.states`."""

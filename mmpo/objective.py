@@ -4,6 +4,10 @@
       - {loss: dpo, beta: 5.0}                        # chosen against rejected
       - {loss: err_anchor, of: chosen, weight: 0.1}   # and the winner's own error must not grow
 
+`reduce` makes one number of a branch's units: their sum, their mean, or LD-DPO's sum (arXiv 2409.06411), in which units
+beyond the length of the shorter side count `ld_alpha`. With `weights: spans` each unit counts what the row's spans say
+(Mask-DPO, arXiv 2503.02846). Both apply to policy and reference and to every extra that the loss needs.
+
 What a loss needs (a reference, an extra of the modality) is checked against what is provided before anything loads.
 """
 
@@ -19,11 +23,13 @@ import torch
 from torch import Tensor
 
 from mmpo.find import find
+from mmpo.links import ALPHA
 from mmpo.pair import Pair
-from mmpo.scores import Losses, Scores, Side
+from mmpo.scores import NOTHING, Losses, Scores, Side
 
+SLOTS = ("weight", "reduce", "ld_alpha", "weights", "link", "link_alpha")
 POOLED = "completion"  # a loss with this role reads desirable and undesirable answers alike, as one list
-NOTHING: frozenset[str] = frozenset()
+DIVERGENCES = frozenset({"kl_ref", "kl_policy"})  # extras that only the hidden states of both models can give
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ def rows_of(pairs: Sequence[Pair], device: torch.device | str) -> Rows:
 class Term:
     """One loss over branches. `of` names the branch that each of the loss's roles reads.
 
-    needs, reads: what the loss's file declares: extras it cannot do without, and fields of the row that it takes notice of.
+    needs, reads: what the loss's file declares: extras it cannot do without, and what it takes notice of, fields of the row
+    and the link. state: what it remembers from step to step, and the values that it starts from.
     """
 
     name: str
@@ -62,9 +69,13 @@ class Term:
     of: tuple[str, ...]
     weight: float = 1.0
     reduce: str = "sum"
+    ld_alpha: float = 0.5
+    weights: str = "none"
     link: str = "reverse_kl"
+    link_alpha: float = ALPHA
     needs: frozenset[str] = NOTHING
     reads: frozenset[str] = NOTHING
+    state: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,10 +86,14 @@ class Term:
 
 @dataclass
 class Result:
-    """loss: (B,) with gradient, before the row weights. metrics: detached (B,) tensors by TRL's names."""
+    """loss: (B,) with gradient, before the row weights. metrics: detached (B,) tensors by TRL's names.
+
+    states: what the losses that remember want to remember, for `Objective.adopt` when the step is taken.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    states: dict[str, Tensor] = field(default_factory=dict)
 
 
 def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
@@ -91,10 +106,10 @@ def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
         raise ValueError(
             f"objective: loss {loss} reads {', '.join(roles)}; of: names {len(branches)} branches, {list(branches)}"
         )
-    slots = {k: spec.pop(k) for k in ("weight", "reduce", "link") if k in spec}
+    slots = {k: spec.pop(k) for k in SLOTS if k in spec}
     declared = vars(sys.modules[function.__module__])
-    needs, reads = declared.get("NEEDS", NOTHING), declared.get("READS", NOTHING)
-    return Term(loss, function, roles, branches, needs=needs, reads=reads, options=spec, **slots)
+    needs, reads, state = (declared.get(name, empty) for name, empty in (("NEEDS", NOTHING), ("READS", NOTHING), ("STATE", {})))
+    return Term(loss, function, roles, branches, needs=needs, reads=reads, state=state, options=spec, **slots)
 
 
 class Objective:
@@ -104,6 +119,24 @@ class Objective:
         if not terms:
             raise ValueError("objective: no terms; write e.g. objective: [{loss: dpo, beta: 0.1}]")
         self.terms = tuple(terms)
+        self.states = {
+            f"{i}.{term.name}.{key}": torch.tensor(value) for i, term in enumerate(terms) for key, value in term.state.items()
+        }
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the policy's scores have to hold beyond logp (`Modality.score`)."""
+        weighted = {"weights"} if any(term.weights == "spans" for term in self.terms) else NOTHING
+        return frozenset().union(weighted, *(term.needs for term in self.terms)) - {"ref"}
+
+    @property
+    def wants_of_reference(self) -> frozenset[str]:
+        """The same of the reference's: the states that a divergence is computed from, or nothing."""
+        return frozenset({"states"}) if self.wants & DIVERGENCES else NOTHING
+
+    def adopt(self, states: Mapping[str, Tensor]) -> None:
+        """Remember: the states of a result whose step is taken, those of a checkpoint, or earlier ones for a step refused."""
+        self.states = self.states | {name: value.detach() for name, value in states.items()}
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -129,6 +162,7 @@ class Objective:
         """Raise ValueError, naming the term, when the modality or the reference lacks something a loss needs."""
         have = provides | ({"ref"} if has_reference else frozenset())
         for term in self.terms:
+            _check_slots(term, provides)
             if missing := term.needs - have:
                 hint = (
                     "set reference.kind, e.g. start"
@@ -143,41 +177,75 @@ class Objective:
 
     def __call__(self, policy: Mapping[str, Scores], reference: Mapping[str, Scores] | None, rows: Rows) -> Result:
         total, metrics = torch.zeros_like(rows.weight), {}
-        for term in self.terms:
-            sides = {b: _side(b, policy[b], reference[b] if reference else None, rows, term) for b in term.of}
+        states: dict[str, Tensor] = {}
+        for i, term in enumerate(self.terms):
+            counts = _counts(policy, term)
+            sides = {b: _side(b, policy[b], reference[b] if reference else None, counts[b], rows, term) for b in term.of}
+            own = {key: self.states[f"{i}.{term.name}.{key}"].to(total.device) for key in term.state}
+            options = {**term.options, "state": own} if own else term.options
             if term.roles == (POOLED,):
-                losses = term.loss(_pool(list(sides.values())), **term.options)
+                losses = term.loss(_pool(list(sides.values())), **options)
                 losses = _unpool(losses, list(sides.values()))
                 _pooled_rewards(losses, sides, term)
             else:
-                losses = term.loss(*(sides[b] for b in term.of), **term.options)
+                losses = term.loss(*(sides[b] for b in term.of), **options)
+            states |= {f"{i}.{term.name}.{key}": value for key, value in losses.state.items()}
             total = total + term.weight * losses.loss
             if len(self.terms) > 1:
                 metrics[f"loss/{term.name}"] = losses.loss.detach()
             _report(metrics, losses, sides)
-        return Result(total, metrics)
+        return Result(total, metrics, states)
 
 
-def _side(name: str, policy: Scores, reference: Scores | None, rows: Rows, term: Term) -> Side:
+def _check_slots(term: Term, provides: frozenset[str]) -> None:
+    """A slot that a loss would not listen to, or that the modality cannot fill, is refused rather than ignored."""
+    if term.link != "reverse_kl" and "link" not in term.reads:
+        raise ValueError(f"objective: loss {term.name} reads no link: leave out link: {term.link}")
+    if term.reduce == "ld" and (len(term.of) != 2 or term.roles == (POOLED,)):
+        raise ValueError(f"objective: reduce: ld compares the lengths of two sides; loss {term.name} reads no pair")
+    if term.weights == "spans" and "weights" not in provides:
+        raise ValueError(f"objective: loss {term.name} weighs units by spans of text, which this modality's scores do not have")
+
+
+def _counts(policy: Mapping[str, Scores], term: Term) -> dict[str, Tensor | None]:
+    """What each unit of the term's branches counts, (B, U) fp32; None where every unit counts 1."""
+    counts = {b: policy[b].weights if term.weights == "spans" else None for b in term.of}
+    if term.reduce == "ld":
+        shorter = torch.stack([policy[b].mask.sum(-1, keepdim=True) for b in term.of]).amin(0)
+        for b, given in counts.items():
+            tail = torch.where(policy[b].mask.cumsum(-1) > shorter, term.ld_alpha, 1.0)
+            counts[b] = tail if given is None else tail * given
+    return counts
+
+
+def _side(name: str, policy: Scores, reference: Scores | None, counts: Tensor | None, rows: Rows, term: Term) -> Side:
     """One branch reduced over its units. A pooled loss tells desirable from undesirable by the branch's name and the label."""
     undesirable = term.roles == (POOLED,) and name.startswith("rejected")
+    mask = policy.mask if counts is None else policy.mask & (counts > 0)
+    length = mask.sum(-1).float() if counts is None else torch.where(mask, counts, 0.0).sum(-1)
+
+    def reduced(units: Tensor) -> Tensor:
+        return _reduce(units, mask, counts, length, term.reduce)
+
     return Side(
-        logp=_reduce(policy.logp, policy.mask, term.reduce),
-        ref=None if reference is None else _reduce(reference.logp, policy.mask, term.reduce).detach(),
-        length=policy.mask.sum(-1).float() if term.reduce == "sum" else torch.ones_like(rows.weight),
-        present=policy.mask.any(-1),
+        logp=reduced(policy.logp),
+        ref=None if reference is None else reduced(reference.logp).detach(),
+        length=torch.ones_like(rows.weight) if term.reduce == "mean" else length,
+        present=mask.any(-1),
         weight=rows.weight,
         margin=rows.margin,
         label=1 - rows.label if undesirable else rows.label,
         score=rows.scores.get(name, torch.full_like(rows.weight, torch.nan)),
-        extras={k: v if v.ndim == 1 else _reduce(v, policy.mask, "mean") for k, v in policy.extras.items()},
+        extras={k: v if v.ndim == 1 else reduced(v) for k, v in policy.extras.items() if v.ndim == 1 or k in term.needs},
         link=term.link,
+        link_alpha=term.link_alpha,
     )
 
 
-def _reduce(units: Tensor, mask: Tensor, how: str) -> Tensor:
-    total = torch.where(mask, units, torch.zeros_like(units)).sum(-1)
-    return total if how == "sum" else total / mask.sum(-1).clamp(min=1)
+def _reduce(units: Tensor, mask: Tensor, counts: Tensor | None, length: Tensor, how: str) -> Tensor:
+    kept = torch.where(mask, units, torch.zeros_like(units))
+    total = (kept if counts is None else kept * counts).sum(-1)
+    return total / torch.where(length > 0, length, 1) if how == "mean" else total
 
 
 def _pool(sides: list[Side]) -> Side:
@@ -193,7 +261,7 @@ def _unpool(losses: Losses, sides: list[Side]) -> Losses:
     present = torch.stack([s.present for s in sides]).float()
     each = losses.loss.view(len(sides), -1) * present
     metrics = {k: v.view(len(sides), -1).mean(0) for k, v in losses.metrics.items()}
-    return Losses(each.sum(0) / present.sum(0).clamp(min=1), metrics=metrics)
+    return Losses(each.sum(0) / present.sum(0).clamp(min=1), metrics=metrics, state=losses.state)
 
 
 def _pooled_rewards(losses: Losses, sides: Mapping[str, Side], term: Term) -> None:

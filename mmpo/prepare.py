@@ -11,13 +11,13 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmpo.checkpoint import write_atomic
 from mmpo.datasets.ledger import Ledger
-from mmpo.datasets.load import detect, load, load_candidates
+from mmpo.datasets.load import detect, holds_candidates, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.errors import DataError
 from mmpo.judging import Judge
@@ -26,6 +26,7 @@ from mmpo.schema import Recipe
 
 Prompt = tuple[Block, ...]
 PARTS = ("id", "prompt", "chosen", "rejected", "label, weight, margin or branches")  # of a row of a manifest
+WORLD, ASSETS = "embedded/", Path(__file__).parent / "assets"
 NAMED = 5  # rows in a message about drift
 
 
@@ -33,7 +34,7 @@ NAMED = 5  # rows in a message about drift
 class Prepared:
     """select, test: held-out prompts, disjoint; the first choose the best checkpoint, the second are reported.
 
-    pairs: all of them, in the order of the data.
+    pairs: all of them, in the order of the data. shifted: pairs of another distribution, which are only measured.
     """
 
     train: list[Pair]
@@ -44,25 +45,23 @@ class Prepared:
     account: dict[str, Any]
     pairs: list[Pair]
     ledger: Ledger
+    shifted: list[Pair] = field(default_factory=list)
 
 
 def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
-    """Read, judge, pair and split. Raises DataError when nothing is left to train on."""
-    path = embedded if recipe.data.path in (None, "embedded") else str(recipe.data.path)
-    spec = recipe.data
-    dropped: dict[str, int] = {}
-    policy: dict[str, Any] = {"on_bad": spec.on_bad, "bad_budget": spec.bad_budget}
-    if (spec.format or detect(path)) == "candidates":
-        groups, ledger = load_candidates(path, root=spec.root, limit=spec.limit, **policy)
-        pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)
-    else:
-        pairs, ledger = load(path, format=spec.format, root=spec.root, ties=spec.ties, limit=spec.limit, **policy)
+    """Read, judge, pair and split. Raises DataError when nothing is left to train on.
+
+    Held-out prompts are those of all candidates, also where no two of a prompt's could be told apart.
+    """
+    spec, path = recipe.data, _located(recipe.data.path, embedded)
+    pairs, asked, ledger, dropped = _read(recipe, path, judge, spec.limit)
     train = [p for p in pairs if not is_heldout(p.prompt, spec.heldout)]
     heldout = sorted((p for p in pairs if is_heldout(p.prompt, spec.heldout)), key=lambda p: _hash(p.id))
     if not train:
         found = f"{len(pairs)} pairs, data.heldout {spec.heldout}; dropped: {dropped or 'none'}"
         raise DataError(f"{path}: no pairs to train on ({found})\n{ledger}")
-    prompts = sorted({p.caption: p.prompt for p in heldout}.items(), key=lambda item: _hash(item[0]))
+    kept_out = {Pair("", prompt).caption: prompt for prompt in asked if is_heldout(prompt, spec.heldout)}
+    prompts = sorted(kept_out.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
     account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs), "heldout": len(heldout)}
     return Prepared(
@@ -74,7 +73,41 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
         account,
         pairs,
         ledger,
+        _shifted(recipe, judge),
     )
+
+
+def _located(path: str | None, embedded: str) -> str:
+    """Where data.path leads: the modality's own world, another that mmpo ships (embedded/NAME), or a file of the user's."""
+    if path in (None, "embedded"):
+        return embedded
+    name = path.removeprefix(WORLD)
+    return str(ASSETS / name / "candidates.parquet") if path.startswith(WORLD) and name.isidentifier() else path
+
+
+def _read(
+    recipe: Recipe, path: str, judge: Judge | None, limit: int | None
+) -> tuple[list[Pair], list[Prompt], Ledger, dict[str, int]]:
+    """The pairs of a file, the prompts it asks, the ledger of its rows, and what pairing dropped."""
+    spec = recipe.data
+    format = spec.format if path != recipe.eval.shifted else None
+    policy: dict[str, Any] = {"root": spec.root, "aspect": spec.aspect, "on_bad": spec.on_bad, "bad_budget": spec.bad_budget}
+    if holds_candidates(format := format or detect(path)):
+        groups, ledger = load_candidates(path, format=format, limit=limit, **policy)
+        pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)
+        return pairs, [group[0].prompt for group in groups.values()], ledger, dropped
+    pairs, ledger = load(path, format=format, ties=spec.ties, limit=limit, **policy)
+    return pairs, [p.prompt for p in pairs], ledger, {}
+
+
+def _shifted(recipe: Recipe, judge: Judge | None) -> list[Pair]:
+    """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content."""
+    if recipe.eval.shifted is None:
+        return []
+    pairs = [p for p in _read(recipe, recipe.eval.shifted, judge, None)[0] if p.chosen and p.rejected]
+    if not pairs:
+        raise DataError(f"eval.shifted {recipe.eval.shifted}: no pairs of two answers")
+    return sorted(pairs, key=lambda p: _hash(p.id))[: recipe.eval.pairs]
 
 
 def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) -> None:

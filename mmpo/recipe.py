@@ -136,7 +136,8 @@ def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> di
 
 
 def _loss_schema(loss: Any) -> type[Section]:
-    keywords = [p for p in inspect.signature(loss, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    given = inspect.signature(loss, eval_str=True).parameters.values()
+    keywords = [p for p in given if p.kind is p.KEYWORD_ONLY and p.name != "state"]  # which the objective keeps
     fields: dict[str, Any] = {p.name: (p.annotation, ... if p.default is p.empty else p.default) for p in keywords}
     if "beta" in fields:
         kind, default = fields["beta"]

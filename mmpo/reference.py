@@ -17,15 +17,20 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmpo.cache import Cache, digest_module, key
-from mmpo.checkpoint import environment
-from mmpo.modality import Modality
-from mmpo.scores import Scores
+from mmpo import tiers
+from mmpo.cache import Cache, key
+from mmpo.checkpoint import digest_tensors, environment
+from mmpo.modality import GivesStates, Modality
+from mmpo.scores import NOTHING, Scores
+
+if TYPE_CHECKING:
+    from mmpo.kernels.token_stats import Head
 
 
 class Reference(Protocol):
@@ -91,6 +96,7 @@ class Values:
     def _exchange(self, model: nn.Module) -> None:
         for name, parameter in trainable(unwrap(model)).items():
             parameter.data, self.values[name] = self.values[name], parameter.data
+        torch.clear_autocast_cache()  # which knows a parameter by its name, not by its values
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -128,14 +134,25 @@ def anew(config: Any, model: nn.Module) -> Values | None:
 
 
 @torch.no_grad()
-def score(reference: Reference | None, modality: Modality, model: nn.Module, batch: Any) -> dict[str, Scores] | None:
-    """The reference's scores of a batch, or None without a reference."""
+def score(
+    reference: Reference | None, modality: Modality, model: nn.Module, batch: Any, wants: frozenset[str] = NOTHING
+) -> dict[str, Scores] | None:
+    """The reference's scores of a batch, or None without a reference. wants: see `Modality.score`."""
     if reference is None:
         return None
     if isinstance(reference, Cached):
-        return reference.score(modality, model, batch)
+        return reference.score(modality, model, batch, wants)
     with reference.active(model) as module:
-        return modality.score(module, batch)
+        return {branch: _kept(scores) for branch, scores in modality.score(module, batch, wants).items()}
+
+
+def _kept(scores: Scores) -> Scores:
+    """Scores whose head stays the reference's when the policy's values are back in the very same parameters."""
+    return scores if scores.states is None else replace(scores, states=replace(scores.states, head=_own(scores.states.head)))
+
+
+def _own(head: Head) -> Head:
+    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
 
 
 class Cached:
@@ -144,48 +161,47 @@ class Cached:
     Keys hold the reference's weights, autocast's precision, package versions, threads and devices (which move the last bits,
     and the margin before the first step has to be exactly 0), and what the modality says the draw is (`batch.keys`: content,
     condition, noise, the model's configuration): a stored score is never used for anything but the very computation it came
-    from.
+    from. What is stored first stays: where a batch finds some of its rows, only the others are added. So every later step
+    reads the same bits, also after a resume, whatever batch a row turns up in.
+
+    tier: how much is stored, see `mmpo.tiers`.
     """
 
     fixed = True
 
-    def __init__(self, inner: Reference, cache: Cache, model: nn.Module):
+    def __init__(self, inner: Reference, cache: Cache, model: nn.Module, tier: str = "tokens"):
         if not inner.fixed:
             raise ValueError("reference.cache: an ema reference changes during training, its scores cannot be cached")
-        self.inner, self.cache = inner, cache
-        with inner.active(model) as module:
-            self.identity = digest_module(unwrap(module)) + type(inner).__name__ + json.dumps(environment(), sort_keys=True)
+        self.inner, self.cache, self.tier = inner, cache, tier
+        self.identity = _weights(inner, model) + type(inner).__name__ + json.dumps(environment(), sort_keys=True)
 
     def active(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         return self.inner.active(model)
 
-    def score(self, modality: Modality, model: nn.Module, batch: Any) -> dict[str, Scores]:
-        keys = [key("reference", self.identity, _precision(batch.device), k) for k in batch.keys]
-        found = self.cache.get_many(keys)
-        if any(f is None for f in found):
+    def score(self, modality: Modality, model: nn.Module, batch: Any, wants: frozenset[str] = NOTHING) -> dict[str, Scores]:
+        kept = frozenset({"states"}) if self.tier == "states" else NOTHING
+        if lacking := wants - kept:
+            raise ValueError(f"reference.cache: {self.tier} does not store {', '.join(sorted(lacking))}")
+        keys = [key("reference", self.tier, self.identity, _precision(batch.device), k) for k in batch.keys]
+        found = dict(zip(keys, self.cache.get_many(keys), strict=True))
+        missing, head = [k for k in keys if found[k] is None], None
+        if missing or kept:
             with self.inner.active(model) as module:
-                scores = modality.score(module, batch)
-            self.cache.put_many([(k, _row(scores, i)) for i, k in enumerate(keys)])
-            return scores
-        return _stack(found, batch.device)  # type: ignore[arg-type]
+                if missing:
+                    rows = dict(zip(keys, tiers.pack(modality.score(module, batch, kept), self.tier), strict=True))
+                    self.cache.put_many([(k, rows[k]) for k in missing])
+                    found |= {k: rows[k] for k in missing}
+                head = _own(cast(GivesStates, modality).head(module)) if kept else None
+        return tiers.unpack([found[k] for k in keys], self.tier, batch.device, head)  # type: ignore[misc]
+
+
+def _weights(inner: Reference, model: nn.Module) -> str:
+    """Digest of the reference's weights; those of an adapter that is switched off are not among them."""
+    off = trainable(unwrap(model)) if isinstance(inner, AdapterOff) else {}
+    with inner.active(model) as module:
+        tensors = dict(unwrap(module).named_parameters()) | dict(unwrap(module).named_buffers())
+        return digest_tensors({name: tensor for name, tensor in tensors.items() if name not in off})
 
 
 def _precision(device: torch.device) -> str:
     return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "own"
-
-
-def _row(scores: dict[str, Scores], i: int) -> dict[str, Tensor]:
-    flat = {}
-    for branch, s in scores.items():
-        flat[f"{branch}/logp"], flat[f"{branch}/mask"] = s.logp[i].cpu(), s.mask[i].cpu()
-    return flat
-
-
-def _stack(rows: list[dict[str, Tensor]], device: torch.device) -> dict[str, Scores]:
-    branches = dict.fromkeys(name.rsplit("/", 1)[0] for name in rows[0])
-    return {
-        b: Scores(
-            torch.stack([r[f"{b}/logp"] for r in rows]).to(device), torch.stack([r[f"{b}/mask"] for r in rows]).to(device)
-        )
-        for b in branches
-    }

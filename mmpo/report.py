@@ -23,19 +23,21 @@ import yaml
 from mmpo.curves import Record, curves, is_number
 
 GALLERY = 12  # picture pairs shown; the page says how many there are
+ANSWERS = 24  # and answers in words
 
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from what the run folder holds, and return its path.
 
-    Reads log.jsonl, summary.json, recipe.yaml, samples/ (sheet.png, base/*.png and aligned/*.png with the same names)
-    and the environment in the newest checkpoint's manifest; each may be missing. Raises ValueError when summary.json is
-    not a JSON object.
+    Reads log.jsonl, summary.json, recipe.yaml, samples/ (sheet.png, base/*.png and aligned/*.png with the same names, or
+    base.jsonl and aligned.jsonl with the same lines) and the environment in the newest checkpoint's manifest; each may be
+    missing. Raises ValueError when summary.json is not a JSON object.
     """
     summary = read_summary(run / "summary.json")
     records, unreadable = read_log(run / "log.jsonl")
     recipe = (run / "recipe.yaml").read_text(encoding="utf-8") if (run / "recipe.yaml").is_file() else None
     gallery, total = picture_pairs(run / "samples", summary)
+    answers, written = answer_pairs(run / "samples")
     sheet = run / "samples" / "sheet.png"
     page = template().render(
         summary=summary,
@@ -44,8 +46,13 @@ def write_report(run: Path) -> Path:
         scores=score_rows(summary),
         gallery=gallery,
         pictures=total,
+        answers=answers,
+        written=written,
+        judged=any("score" in a["base"] or "score" in a["aligned"] for a in answers),
+        compared=any("log_ratio" in a["base"] or "log_ratio" in a["aligned"] for a in answers),
         sheet=data_uri(sheet) if sheet.is_file() else None,
         timesteps=timestep_rows(summary, records),
+        heldout=heldout_rows(summary, records),
         provenance=provenance_rows(summary, yaml.safe_load(recipe or "{}"), environment(run / "checkpoints")),
         ledger=ledger_rows(summary, records, unreadable),
         recipe=recipe,
@@ -148,7 +155,12 @@ def headline(summary: Record) -> tuple[str, str]:
 def score_rows(summary: Record) -> list[dict[str, Any]]:
     """One row per measure of the base and the aligned model; `change` only where both are numbers."""
     base, aligned = summary.get("base") or {}, summary.get("aligned") or {}
-    names = {"score": f"{summary.get('judge') or 'judge'}, mean score", "correct": "exactly right", "diversity": "diversity"}
+    names = {
+        "score": f"{summary.get('judge') or 'judge'}, mean score",
+        "correct": "exactly right",
+        "length": "length, characters",
+        "kl": "KL from the reference, nats per answer",
+    }
     rows = []
     for key in dict.fromkeys((*base, *aligned)):
         before, after = base.get(key), aligned.get(key)
@@ -161,6 +173,28 @@ def timestep_rows(summary: Record, records: Sequence[Record]) -> Sequence[Record
     """Held-out accuracy and margin by part of the noise schedule: of the summary, else of the newest evaluation."""
     logged = [r["eval/by_time"] for r in records if r.get("eval/by_time")]
     return summary.get("by_timestep") or (logged[-1] if logged else [])
+
+
+HELDOUT = {
+    "eval/shifted_accuracy": "pairs of other data told apart",
+    "eval/margin": "margin, nats",
+    "eval/drift_chosen": "fall of the chosen side, nats",
+    "eval/drift_rejected": "fall of the rejected side, nats",
+    "eval/fell_chosen": "share of pairs whose chosen answer became less likely",
+    "eval/fell_both": "share of pairs both of whose answers did",
+    "eval/length_correlation": "correlation of the implicit reward with length",
+    "eval/top_mass": "probability of the 10 likeliest tokens",
+    "eval/top_entropy": "entropy over them, nats per token",
+}
+
+
+def heldout_rows(summary: Record, records: Sequence[Record]) -> list[tuple[str, Any]]:
+    """What held-out pairs say beside their accuracy, at the kept checkpoint or else the newest evaluation; and their CHES."""
+    seen = [r for r in records if r.get("event") == "eval"]
+    kept = [r for r in seen if r.get("step") == summary.get("best_step")] or seen
+    start = next((r for r in records if r.get("event") == "start"), {})
+    rows = [(words, kept[-1].get(name)) for name, words in HELDOUT.items()] if kept else []
+    return [row for row in [*rows, ("ln-CHES under the model at the start", start.get("ln_ches"))] if is_number(row[1])]
 
 
 def provenance_rows(summary: Record, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -228,11 +262,37 @@ def picture_pairs(samples: Path, summary: Record) -> tuple[list[dict[str, str]],
     prompts = summary.get("prompts") or []
     by_stem = prompts if isinstance(prompts, Mapping) else dict(zip((Path(n).stem for n in names), prompts, strict=False))
     captions = {name: str(by_stem.get(Path(name).stem, Path(name).stem)) for name in names}
-    counter: Counter[str] = Counter()
-    place = {}
-    for name, caption in captions.items():
-        place[name] = counter[caption]
-        counter[caption] += 1
-    shown = sorted(names, key=place.__getitem__)[:GALLERY]
+    shown = first_of_each(names, captions)[:GALLERY]
     sides = ("base", "aligned")
     return [{"prompt": captions[n]} | {side: data_uri(samples / side / n) for side in sides} for n in shown], len(names)
+
+
+def first_of_each(names: Sequence[Any], captions: Mapping[Any, str]) -> list[Any]:
+    """The names in their order, but no caption comes twice before every caption has come once."""
+    counter: Counter[str] = Counter()
+    place = {}
+    for name in names:
+        place[name] = counter[captions[name]]
+        counter[captions[name]] += 1
+    return sorted(names, key=place.__getitem__)
+
+
+# Words
+
+
+def answer_pairs(samples: Path) -> tuple[list[dict[str, Any]], int]:
+    """Base and aligned answers to the same prompts, ANSWERS of them in the order of `first_of_each`, and how many there are.
+
+    Reads base.jsonl and aligned.jsonl, a line each: prompt, text, and where they are known score, correct, log_ratio.
+    """
+    base, aligned = (read_log(samples / f"{side}.jsonl")[0] for side in ("base", "aligned"))
+    both = [(b, a) for b, a in zip(base, aligned, strict=False) if b.get("prompt") == a.get("prompt")]
+    rows = [{"prompt": str(b.get("prompt", "")), "base": _told(b), "aligned": _told(a)} for b, a in both]
+    order = first_of_each(range(len(rows)), {i: str(row["prompt"]) for i, row in enumerate(rows)})
+    return [rows[i] for i in order[:ANSWERS]], len(rows)
+
+
+def _told(line: Record) -> dict[str, Any]:
+    """The text of an answer and what was measured of it."""
+    measured = {name: line[name] for name in ("score", "correct", "log_ratio") if line.get(name) is not None}
+    return {"text": str(line.get("text", ""))} | measured

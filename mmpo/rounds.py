@@ -37,12 +37,13 @@ def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
         save(run)
     groups, _ = load_candidates(path)
     run.pairs, dropped = pair_candidates(run.recipe, [c for g in groups.values() for c in g], run.judge)
+    run.pairs, limits = run.modality.admit(run.pairs)
     if not run.pairs:
         raise RunFailed(
             f"round {number}: the judge told no two of the policy's own samples apart (dropped: {dropped}); "
             "raise train.round_candidates or train.round_prompts, or lower data.pairing.margin"
         )
-    say(run, f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped or 'none'}")
+    say(run, f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped | dict(limits) or 'none'}")
 
 
 def _start_over(run: Run) -> None:

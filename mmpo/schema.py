@@ -39,7 +39,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_stray_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, Any):
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation not in (bool, bool | None, Any):
             raise ValueError("a boolean is no value of this field")
         return value
 
@@ -63,7 +63,8 @@ class DataConfig(Section):
     """The preference pairs."""
 
     path: str | None = Field(
-        default=None, description="file, directory or hub id; null or 'embedded': the modality's own small world"
+        default=None,
+        description="file, directory or hub id; null or 'embedded': the modality's own small world; embedded/NAME: another one",
     )
     format: str | None = Field(
         default=None, description="importer, see `mmpo list datasets.formats`; null: recognised from the columns"
@@ -82,6 +83,14 @@ class DataConfig(Section):
     prompt_dropout: Share = Field(default=0.0, description="probability that a pair is trained without its prompt")
     limit: Count | None = Field(default=None, description="use only the first so many pairs, or candidates; null: all")
     ties: Literal["drop", "soft"] = Field(default="drop", description="tied rows: leave out, or keep with label 0.5")
+    aspect: str | None = Field(
+        default=None, description="formats with scores by aspect (ultrafeedback): the one that counts; null: the overall score"
+    )
+    ches_keep: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="keep this share of the training pairs, those least likely to displace their chosen answer: lowest "
+        "length-normalised CHES under the model at the start (tokens only); null: all",
+    )
     cache: str | None = Field(default=None, description="folder for encoded media; null: inside the run")
 
 
@@ -131,12 +140,29 @@ class Term(Section):
         default=None, description="branches in the order of the loss's roles; null: branches named as the roles"
     )
     weight: float = Field(default=1.0, description="factor of this term in the sum")
-    reduce: Literal["sum", "mean"] = Field(
-        default="sum", description="log-likelihood of a branch over its units: sum, or mean per unit"
+    reduce: Literal["sum", "mean", "ld"] = Field(
+        default="sum",
+        description="log-likelihood of a branch over its units: sum, mean per unit, or LD-DPO's sum that discounts length",
+    )
+    ld_alpha: Share | None = Field(
+        default=None, description="reduce ld: what a unit beyond the shorter side's length counts; null: 0.5"
+    )
+    weights: Literal["none", "spans"] = Field(
+        default="none", description="what a unit counts: 1, or what the row's spans say of its characters (Mask-DPO)"
     )
     link: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha_divergence"] = Field(
         default="reverse_kl", description="divergence whose derivative turns a log-ratio into a reward"
     )
+    link_alpha: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="link alpha_divergence: the f-DPO paper's alpha, which TRL calls 1 - alpha; null: 0.5"
+    )
+
+    @model_validator(mode="after")
+    def _belongs_to_its_slot(self) -> Term:
+        for name, slot, needed in (("ld_alpha", "reduce", "ld"), ("link_alpha", "link", "alpha_divergence")):
+            if getattr(self, name) is not None and getattr(self, slot) != needed:
+                raise ValueError(f"{name} goes with {slot}: {needed}, and only with it (got {slot}: {getattr(self, slot)})")
+        return self
 
 
 class ReferenceConfig(Section):
@@ -147,9 +173,18 @@ class ReferenceConfig(Section):
         description="nothing, the policy at step 0, the model without its adapter, another model, or a moving average",
     )
     path: str | None = Field(default=None, description="kind path: directory or hub id of the reference")
-    cache: bool = Field(default=False, description="store reference scores per (sample, draw) on disk and replay them")
+    cache: Literal["sums", "tokens", "states"] | None = Field(
+        default=None,
+        description="keep the reference's scores per (sample, draw) on disk and replay them: their sums, those of each unit "
+        "(or true), or hidden states as well, for exact divergences; null or false: no",
+    )
     ema_decay: float = Field(default=0.999, gt=0, lt=1, description="kind ema: share of the average kept at each update")
     ema_every: Count = Field(default=1, description="kind ema: optimizer steps between updates")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return ("tokens" if value else None) if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _path_belongs_to_kind(self) -> ReferenceConfig:
@@ -211,6 +246,9 @@ class EvalConfig(Section):
     draws: Count = Field(default=8, description="draws per held-out pair for its implicit reward")
     test_prompts: Count = Field(default=64, description="held-out prompts of the final comparison")
     test_seeds: Count = Field(default=3, description="samples per prompt of the final comparison")
+    shifted: str | None = Field(
+        default=None, description="pairs of another distribution, whose implicit accuracy is measured beside the held-out one"
+    )
 
 
 class Recipe(Section):

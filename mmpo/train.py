@@ -71,6 +71,7 @@ class Run:
     log: RunLog
     ema: Values | None = None
     start: Values | None = None  # the weights before the run, where no fixed reference keeps them
+    shifted: list[Pair] = field(default_factory=list)  # pairs of another distribution, only measured
     progress: Progress = field(default_factory=Progress)
 
 
@@ -115,12 +116,16 @@ def learning_rate(spec: Any, step: int) -> float:
 
 
 def forward(run: Run, step: int, micro: int) -> tuple[Result, Any, list[Pair]]:
-    """Draw one batch and score it under both models. Raises RunFailed naming the pairs whose loss is not finite."""
+    """Draw one batch and score it under both models. Raises RunFailed naming the pairs whose loss is not finite.
+
+    The reference comes first: divergences of the policy are taken from its states, and no graph waits in memory meanwhile.
+    """
     pairs, keys = batch_of(run, step, micro)
     batch = draw(run, pairs, keys)
     with run.accelerator.autocast():
-        policy = run.modality.score(run.model, batch)
-        ref = references.score(run.reference, run.modality, run.model, batch)
+        ref = references.score(run.reference, run.modality, run.model, batch, run.objective.wants_of_reference)
+    with run.accelerator.autocast():  # a context of its own, as one keeps the weights it has cast
+        policy = run.modality.score(run.model, batch, run.objective.wants, ref)
     rows = rows_of(pairs, batch.device)
     result = run.objective(policy, ref, rows)
     result.loss = _nan_where_broken(result.loss * rows.weight, policy, ref)
@@ -196,18 +201,21 @@ def _any_process(run: Run, value: int) -> int:
 
 def optimize(run: Run) -> dict[str, float]:
     """One optimizer step over `accumulate` forward passes. A step with a loss or gradient that is not finite is refused."""
-    spec, collected = run.recipe.train, []
+    spec, collected, remembered = run.recipe.train, [], run.objective.states
     run.optimizer.zero_grad(set_to_none=True)
     for micro in range(spec.accumulate):
         result, batch, pairs = forward(run, run.progress.step, micro)
         bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
         if _any_process(run, len(bad)):
+            run.objective.adopt(remembered)
             return _refused(run, f"the loss of pair {', '.join(bad[:5]) or 'of another process'} is not finite")
+        run.objective.adopt(result.states)
         with _sync(run, last=micro == spec.accumulate - 1):
             run.accelerator.backward(result.loss.mean() / spec.accumulate)
         collected.append(_means(result, batch))
     norm = run.accelerator.clip_grad_norm_(run.model.parameters(), spec.clip)
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
+        run.objective.adopt(remembered)
         return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
     run.optimizer.step()
     return _merge(run, collected) | {"grad_norm": float(norm)}
@@ -243,8 +251,8 @@ def _nan_where_broken(loss: Tensor, policy: Any, ref: Any) -> Tensor:
 def _displacement(result: Result, policy: Any, ref: Any) -> None:
     """How far each branch fell below the reference, in nats: a positive `displacement/chosen` is likelihood displacement."""
     if ref is not None:
-        for branch in policy:
-            result.metrics[f"displacement/{branch}"] = (ref[branch].logp - policy[branch].logp).detach().sum(-1)
+        for branch, s in policy.items():
+            result.metrics[f"displacement/{branch}"] = torch.where(s.mask, ref[branch].logp - s.logp, 0.0).detach().sum(-1)
 
 
 def _means(result: Result, batch: Any) -> dict[str, Tensor]:
@@ -309,8 +317,13 @@ def _on_pairs(run: Run, module: nn.Module) -> dict[str, Any]:
     spec = run.recipe
     with run.accelerator.autocast():  # a reference of its own is no part of the model that accelerate has wrapped
         found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, spec.seed, spec.eval.draws)
-    accuracy = {"eval/pair_accuracy": found["accuracy"], "eval/margin": found["margin"], "eval/by_time": found["by_time"]}
-    return accuracy | {f"eval/drift_{name}": value for name, value in found["drift"].items()}
+        if run.shifted:
+            shifted = evaluate.evaluate_pairs(run.modality, module, run.reference, run.shifted, spec.seed, spec.eval.draws)
+            found["shifted_accuracy"] = shifted["accuracy"]
+    out = {"eval/pair_accuracy": found.pop("accuracy")}
+    for name in ("drift", "fell"):
+        out |= {f"eval/{name}_{key}": value for key, value in found.pop(name).items()}
+    return out | {f"eval/{name}": value for name, value in found.items() if value is not None and name != "accuracy_per_draw"}
 
 
 def _on_samples(run: Run, module: nn.Module) -> dict[str, Any]:
@@ -318,6 +331,8 @@ def _on_samples(run: Run, module: nn.Module) -> dict[str, Any]:
         return {}
     state = run.progress
     samples = evaluate.sample(run.modality, module, run.judge, run.select)
+    with run.accelerator.autocast():
+        samples = evaluate.with_nats(run.modality, module, run.reference, run.select, samples)
     state.base_scores = state.base_scores or samples.scores.tolist()
     wins = evaluate.win_rate(samples.scores, np.array(state.base_scores), run.recipe.eval.seeds)
     summary = samples.summary()
@@ -331,6 +346,8 @@ def _line(record: dict[str, Any]) -> str:
         "eval/correct": "correct",
         "eval/win_rate": "wins over base",
         "eval/pair_accuracy": "pair accuracy",
+        "eval/shifted_accuracy": "shifted pairs",
+        "eval/kl": "KL",
     }
     return f"  step {record['step']:>5}  " + "  ".join(f"{label} {record[k]:.3f}" for k, label in names.items() if k in record)
 
@@ -357,6 +374,8 @@ def save(run: Run) -> None:
     optimizer, groups = pack_optimizer(run.optimizer, names)
     tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": rng_state()}
     tensors |= {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
+    if run.objective.states:
+        tensors["objective"] = run.objective.states
     meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
     if run.accelerator.scaler is not None:
         meta["scaler"] = run.accelerator.scaler.state_dict()
@@ -377,6 +396,7 @@ def resume(run: Run) -> bool:
         return False
     run.progress = Progress(**found.meta["progress"])
     _put(run.model, found.tensors["policy"])
+    run.objective.adopt(found.tensors.get("objective", {}))
     if run.progress.round > 1:  # its values follow; never the first round's, whose scores may be cached
         run.reference = references.anew(run.recipe.reference, run.model)
     names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from mmpo.modalities.sheet import contact_sheet, to_png
 from mmpo.modality import DrawKey
 from mmpo.pair import Block, Pair, image, text
 from mmpo.schema import DrawConfig
-from mmpo.scores import Scores
+from mmpo.scores import NOTHING, Scores
 
 T = 1000.0
 SAMPLE_BATCH = 64
@@ -141,6 +141,14 @@ class Adapter:
 
     # ---- encode: frozen, cached by content
 
+    def admit(self, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
+        """All of them: a picture is cut to its size."""
+        return list(pairs), {}
+
+    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool) -> str:
+        """Nothing to choose: all of a batch's pictures have one size."""
+        return ""
+
     @torch.no_grad()
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         pictures = {b.digest: b for p in pairs for side in (p.chosen, p.rejected) for b in side}
@@ -223,7 +231,10 @@ class Adapter:
 
     # ---- score: pure
 
-    def score(self, model: nn.Module, batch: Batch) -> dict[str, Scores]:
+    def score(
+        self, model: nn.Module, batch: Batch, wants: frozenset[str] = NOTHING, against: Mapping[str, Scores] | None = None
+    ) -> dict[str, Scores]:
+        """The error comes with the likelihood, so it is given whether it is asked for or not."""
         output = self.loaded.denoise(model, batch.noisy, batch.t, batch.condition)
         err = (output.float() - batch.target).square().flatten(1).mean(1)  # fp32 before the square: beta amplifies rounding
         logp = -(T / 2) * batch.weight * err

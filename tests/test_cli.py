@@ -18,7 +18,8 @@ from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 SURFACE = {
     "train": {"words", "--modality", "--set", "--plugin", "--rounds", "--allow-drift"},
     "data validate": {"path", "--format", "--root"},
-    "data convert": {"path", "--to", "--out", "--from", "--root", "--ties", "--on-bad"},
+    "data convert": {"path", "--to", "--out", "--from", "--root", "--ties", "--aspect", "--on-bad"},
+    "data audit": {"path", "--format", "--against", "--model", "--model-pairs", "--ties", "--aspect", "--limit", "--json"},
     "sample": {"run", "--prompt", "--out", "--seed"},
     "eval": {"run", "--plugin"},
     "export": {"run", "--out", "--merge"},

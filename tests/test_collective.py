@@ -9,15 +9,19 @@ from pathlib import Path
 
 import torch
 
-from mmpo.collective import global_mean
+from mmpo.collective import global_mean, of_same_rank, running_mean
 
 WORKER = """
 import json, sys, torch
 from torch import distributed
-from mmpo.collective import global_mean
+from mmpo.collective import gather, global_mean, of_same_rank, running_mean
 rank, path, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-print(json.dumps([global_mean(torch.tensor(case[rank])).item() for case in cases]))
+cases = [torch.tensor(case[rank]) for case in cases]
+means = [global_mean(case).item() for case in cases]
+running = [v.item() for v in running_mean(cases[0], torch.tensor(2.0), torch.tensor(4.0))]
+places = of_same_rank(cases[0] * 10, by=-cases[0]).tolist()
+print(json.dumps([means, running, [gather(case)[0].tolist() for case in cases], gather(cases[0])[1], places]))
 distributed.destroy_process_group()
 """
 
@@ -40,4 +44,16 @@ def test_ranks_with_unequal_counts_agree(tmp_path: Path) -> None:
     ]
     outputs = [p.communicate(timeout=120) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], outputs
-    assert [json.loads(out) for out, _ in outputs] == [[4.0, 6.0, 0.0]] * 2
+    first, second = (json.loads(out) for out, _ in outputs)
+    assert first[0] == second[0] == [4.0, 6.0, 0.0]
+    assert first[1] == second[1] == [3.0, 8.0]  # 4 earlier rows of mean 2 and 4 of mean 4
+    assert first[2] == second[2] == [[1, 2, 3, 10], [4, 8], []] and (first[3], second[3]) == (0, 3)
+    assert first[4] == [100, 30, 20] and second[4] == [10]  # the smallest of one list stands where the other is largest
+
+
+def test_the_place_in_a_sorted_list() -> None:
+    x, by = torch.tensor([10.0, 30.0, 20.0]), torch.tensor([3.0, 1.0, 2.0], requires_grad=True)
+    assert of_same_rank(x, by).tolist() == [30, 10, 20]
+    assert of_same_rank(by, by).tolist() == by.tolist() and not of_same_rank(by, by).requires_grad
+    assert [v.item() for v in running_mean(x, torch.tensor(0.0), torch.tensor(0.0))] == [20, 3]
+    assert [v.item() for v in running_mean(x[:0], torch.tensor(0.5), torch.tensor(0.0))] == [0.5, 0]

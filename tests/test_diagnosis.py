@@ -69,8 +69,48 @@ def test_logs_that_say_too_little_raise_nothing(records: list[dict[str, Any]]) -
     assert flags(records) == []
 
 
+def sure(step: int, entropy: float, mass: float = 1.0, judge: float | None = None) -> dict[str, Any]:
+    record = {"event": "eval", "step": step, "eval/top_entropy": entropy, "eval/top_mass": mass}
+    return record if judge is None else record | {"eval/judge": judge}
+
+
+@pytest.mark.parametrize(
+    ("values", "raised"),
+    [
+        ([(1.0, 1.0), (0.89, 1.0), (0.88, 1.0), (0.8, 1.0)], True),
+        ([(1.0, 1.0), (0.91, 1.0), (0.88, 1.0), (0.8, 1.0)], False),  # one of the three is within 10 %
+        ([(1.0, 1.0), (0.5, 1.0), (0.5, 1.0)], False),  # two evaluations are not lasting
+        ([(0.9, 1.0), (1.0, 1.0), (0.95, 1.0), (0.85, 1.0), (0.85, 1.0)], False),  # the largest so far was 1.0
+        ([(1.0, 1.0), (1.0, 0.97), (1.0, 0.97), (1.0, 0.97)], True),  # the mass falls, as under a hinge loss
+        ([(1.0, 1.0), (1.0, 0.99), (1.0, 0.97), (1.0, 0.97)], False),
+    ],
+)
+def test_entropy_fall(values: list[tuple[float, float]], raised: bool) -> None:
+    assert flags([START, *(sure(i, *v) for i, v in enumerate(values))]) == ["entropy_fall"] * raised
+
+
+@pytest.mark.parametrize(("last", "raised"), [(0.69, True), (0.7, True), (0.71, False)])
+def test_a_judge_at_its_best_speaks_for_a_policy_that_is_sure(last: float, raised: bool) -> None:
+    """Right answers are given with less entropy than guesses."""
+    values = [(1.0, 0.7), (0.8, 0.6), (0.7, 0.6), (0.6, last)]
+    assert flags([START, *(sure(i, e, judge=j) for i, (e, j) in enumerate(values))]) == ["entropy_fall"] * raised
+
+
+def test_displacement_tells_the_shares_of_pairs() -> None:
+    shares = {"eval/fell_chosen": 0.75, "eval/fell_both": 0.5}
+    (flag,) = diagnose([START, displaced(0.6, 0.5) | shares])
+    assert "fell in 75% of the pairs, both answers in 50%" in flag.text
+
+
 def test_every_flag_says_what_was_seen_and_what_to_try() -> None:
-    found = diagnose([START, judged(0, 0.6, 0.5), judged(10, 0.7, 0.8), judged(20, 0.6, 0.9) | displaced(0.6, 0.5, step=20)])
+    entropies = [sure(0, 1.0), sure(5, 0.8), sure(10, 0.7), sure(20, 0.6)]
+    values = [
+        judged(0, 0.7, 0.5),
+        judged(5, 0.7, 0.6),
+        judged(10, 0.7, 0.8),
+        judged(20, 0.6, 0.9) | displaced(0.6, 0.5, step=20),
+    ]
+    found = diagnose([START, *(e | v for e, v in zip(entropies, values, strict=True))])
     assert sorted(f.name for f in found) == names("diagnostics")
     for flag in found:
         assert "step 20" in flag.text and flag.advice and "nan" not in flag.text

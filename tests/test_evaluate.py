@@ -27,6 +27,8 @@ class Drawn:
 class Told:
     """A modality whose log-ratios and times are written in the pairs: one (chosen, rejected, time) for each draw."""
 
+    PROVIDES: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.seen: list[DrawKey] = []
 
@@ -38,7 +40,7 @@ class Told:
         rows = torch.tensor([p.meta["draws"][k.index] for p, k in zip(pairs, keys, strict=True)])
         return Drawn(rows[:, :2], rows[:, 2])
 
-    def score(self, model: nn.Module, batch: Drawn) -> dict[str, Scores]:
+    def score(self, model: nn.Module, batch: Drawn, wants: Any = (), against: Any = None) -> dict[str, Scores]:
         """The policy is above the reference by the ratio; both are far below 0."""
         own = batch.ratios if isinstance(model, nn.Linear) else torch.zeros_like(batch.ratios)
         logp = own.unsqueeze(-1) - 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from mmpo import cli, drift, launch
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.objective import Objective, make_term
+from mmpo.pair import Span
 from mmpo.runlog import read
 from mmpo.schema import Recipe
 from tests.tiny_run import line_pairs, line_run, load, make_world, settings
@@ -105,6 +107,19 @@ def test_unpaired_rows_need_an_unpaired_loss() -> None:
     with pytest.raises(RecipeError, match="row 1 has no chosen side, which dpo needs; for unpaired rows use loss: kto"):
         launch._check_pairs(Objective([make_term("dpo")]), half)
     launch._check_pairs(Objective([make_term("kto")]), half)
+
+
+def test_rows_without_spans_are_named_where_spans_weigh() -> None:
+    span = Span(0, 2, 0.0)
+    (marked,) = line_pairs(1, spans={"chosen": (span,), "rejected": ()})
+    half = [marked, line_pairs(2, spans={"chosen": (span,)})[1]]
+    masked = Objective([make_term("nll"), make_term("dpo", weights="spans")])
+    launch._check_pairs(masked, [marked])
+    launch._check_pairs(Objective([make_term("nll", weights="spans"), make_term("dpo")]), half)
+    with pytest.raises(RecipeError, match="row 1 has no spans of its rejected side, by which dpo weighs units"):
+        launch._check_pairs(masked, half)
+    kto = Objective([make_term("kto", weights="spans")])
+    launch._check_pairs(kto, [replace(half[1], rejected=())])
 
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", "AdamW"), ("adafactor", "Adafactor"), ("sgd", "SGD")])

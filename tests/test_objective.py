@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from mmpo.links import LINKS
 from mmpo.objective import Objective, accuracy, make_term, rows_of
 from mmpo.pair import Pair, text
-from mmpo.scores import Scores
+from mmpo.scores import Losses, Scores, Side
 
 CHOSEN, REJECTED = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -2.5])
 REF_CHOSEN, REF_REJECTED = torch.tensor([-3.5, -4.0]), torch.tensor([-4.0, -4.0])
@@ -163,6 +164,101 @@ def test_units_are_summed_or_averaged_under_the_mask(reduce: str) -> None:
     torch.testing.assert_close(got, -F.logsigmoid(torch.tensor([chosen - rejected])))
 
 
+CHOSEN_UNITS = torch.tensor([[-1.0, -2.0, -50.0], [-1.0, -3.0, -5.0]])  # 2 and 3 units
+REJECTED_UNITS = torch.tensor([[-1.0, -1.0, -4.0], [-2.0, -60.0, -70.0]])  # 3 and 1
+MASKS = {"chosen": torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), "rejected": torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()}
+
+
+def in_units(**weights: list[list[float]]) -> dict[str, Scores]:
+    """Branches of several units; outside the masks there is what a sum must not see."""
+    units = {"chosen": CHOSEN_UNITS, "rejected": REJECTED_UNITS}
+    given = {b: torch.tensor(weights[b]) for b in weights}
+    return {b: Scores(units[b], MASKS[b], {"kl_ref": -units[b] / 2}, given.get(b)) for b in units}
+
+
+def reduced(policy: dict[str, Scores], loss: str = "dpo", **term: Any) -> dict[str, Side]:
+    """The sides that a term's loss is given."""
+    seen: dict[str, Side] = {}
+
+    def spy(chosen: Side, rejected: Side, **options: Any) -> Losses:
+        seen.update(chosen=chosen, rejected=rejected)
+        return Losses(chosen.logp)
+
+    reference = {b: Scores(torch.full((2, 3), -2.0), s.mask) for b, s in policy.items()}
+    Objective([replace(make_term(loss, **term), loss=spy)])(policy, reference, rows())
+    return seen
+
+
+def test_ld_counts_units_beyond_the_shorter_side_by_alpha() -> None:
+    """Row 0: 2 against 3 units, so the rejected side's third counts a quarter. Row 1: 3 against 1."""
+    sides = reduced(in_units(), reduce="ld", ld_alpha=0.25)
+    assert sides["chosen"].logp.tolist() == [-3, -1 - 0.25 * 8] and sides["rejected"].logp.tolist() == [-3, -2]
+    assert sides["chosen"].ref is not None and sides["chosen"].ref.tolist() == [-4, -2 - 0.25 * 4]
+    assert sides["chosen"].length.tolist() == [2, 1.5] and sides["rejected"].length.tolist() == [2.25, 1]
+    plain, whole = reduced(in_units()), reduced(in_units(), reduce="ld", ld_alpha=1.0)
+    assert all(torch.equal(plain[b].logp, whole[b].logp) for b in plain)
+
+
+def test_spans_weigh_units_of_policy_reference_and_extras() -> None:
+    weights = {"chosen": [[1.0, 0.0, 9.0], [0.5, 1.0, 1.0]], "rejected": [[1.0, 1.0, 2.0], [0.0, 9.0, 9.0]]}
+    sides = reduced(in_units(**weights), "tdpo1", weights="spans")
+    assert sides["chosen"].logp.tolist() == [-1, -0.5 - 3 - 5] and sides["rejected"].logp.tolist() == [-1 - 1 - 8, 0]
+    assert sides["chosen"].ref is not None and sides["chosen"].ref.tolist() == [-2, -5]
+    assert sides["chosen"].extras["kl_ref"].tolist() == [0.5, 4.25] and sides["chosen"].length.tolist() == [1, 2.5]
+    assert sides["rejected"].length.tolist() == [4, 0] and sides["rejected"].present.tolist() == [True, False]
+    assert sides["rejected"].mean_logp.tolist() == [-2.5, 0]
+    means = reduced(in_units(**weights), "tdpo1", weights="spans", reduce="mean")["chosen"]
+    assert means.logp.tolist() == [-1, pytest.approx(-8.5 / 2.5)] and means.extras["kl_ref"][1].item() == pytest.approx(1.7)
+    unread = reduced(in_units(**weights), "tdpo1")["chosen"]
+    assert unread.logp.tolist() == [-3, -9], "weights are read where the term asks for them"
+    both = reduced(in_units(**weights), weights="spans", reduce="ld", ld_alpha=0.5)
+    assert both["chosen"].logp.tolist() == [-1, -0.5 - 0.5 * 8]
+
+
+def test_extras_are_summed_like_the_likelihood_where_the_loss_needs_them() -> None:
+    policy = in_units()
+    policy["chosen"].extras["hidden_sum"] = torch.zeros(2, 16)  # of no unit: for diagnostics
+    sides = reduced(policy, "tdpo1")
+    assert sides["chosen"].extras["kl_ref"].tolist() == [1.5, 4.5] and set(sides["chosen"].extras) == {"kl_ref"}
+    assert reduced(policy)["chosen"].extras == {}
+
+
+def test_what_is_asked_of_the_modality() -> None:
+    def wants(*terms: dict[str, Any]) -> tuple[set[str], set[str]]:
+        objective = Objective([make_term(**t) for t in terms])
+        return set(objective.wants), set(objective.wants_of_reference)
+
+    assert wants({"loss": "dpo"}, {"loss": "nll"}) == (set(), set())
+    assert wants({"loss": "wpo"}, {"loss": "dpo", "weights": "spans"}) == ({"log_sum_p2", "weights"}, set())
+    assert wants({"loss": "dpo"}, {"loss": "tdpo2"}) == ({"kl_ref"}, {"states"})
+
+
+def test_what_a_loss_remembers_is_adopted_when_the_step_is_taken() -> None:
+    """BCO's threshold after one batch is its mean reward; two terms remember apart; a look changes nothing."""
+    objective = Objective([make_term("bco", beta=1.0), make_term("bco", beta=2.0)])
+    before = objective.states
+    result = objective(policy(), REFERENCE, rows())
+    assert objective.states is before and result.metrics["bco_delta"].shape == (2,)
+    objective.adopt(result.states)
+    mean = torch.cat([CHOSEN - REF_CHOSEN, REJECTED - REF_REJECTED]).mean().item()
+    kept = {name: value.item() for name, value in objective.states.items()}
+    assert kept == pytest.approx({"0.bco.delta": mean, "0.bco.count": 4, "1.bco.delta": 2 * mean, "1.bco.count": 4})
+    again = objective(policy(), REFERENCE, rows())
+    assert again.states["0.bco.count"].item() == 8 and not any(v.requires_grad for v in again.states.values())
+    objective.adopt(before)
+    assert objective.states["0.bco.count"].item() == 0
+
+
+def test_bco_on_unpaired_rows_counts_the_sides_there_are() -> None:
+    mine = {
+        "chosen": scores(torch.tensor([-3.0, 99.0]), [True, False]),
+        "rejected": scores(torch.tensor([99.0, -2.5]), [False, True]),
+    }
+    result = Objective([make_term("bco_unpaired", beta=1.0)])(mine, REFERENCE, rows())
+    assert [v.item() for v in result.states.values()] == [pytest.approx((0.5 + 1.5) / 2), 2]
+    torch.testing.assert_close(result.loss, F.softplus(torch.tensor([1.0 - 0.5, 1.5 - 1.0])))
+
+
 def test_metrics_have_trls_names() -> None:
     metrics = Objective([make_term("dpo", beta=0.5)])(policy(), REFERENCE, rows()).metrics
     assert set(metrics) == {
@@ -188,6 +284,22 @@ def test_the_reference_gets_no_gradient() -> None:
             {"loss": "dpo", "of": ["chosen@crop", "rejected"]}, {"err"}, ("chosen", "rejected"), True,
             "loss dpo reads branch 'chosen@crop'; this modality has chosen, rejected",
         ),
+        (
+            {"loss": "tdpo1"}, {"err"}, ("chosen", "rejected"), True,
+            r"loss tdpo1 needs kl_ref: this modality provides \['err'\]",
+        ),
+        ({"loss": "tdpo2"}, {"kl_ref"}, ("chosen", "rejected"), False, "loss tdpo2 needs ref: set reference.kind, e.g. start"),
+        (
+            {"loss": "dpo", "weights": "spans"}, {"err"}, ("chosen", "rejected"), True,
+            "loss dpo weighs units by spans of text, which this modality's scores do not have",
+        ),
+        (
+            {"loss": "simpo", "link": "forward_kl"}, {"err"}, ("chosen", "rejected"), True,
+            "loss simpo reads no link: leave out link: forward_kl",
+        ),
+        ({"loss": "aot", "link": "jensen_shannon"}, {"err"}, ("chosen", "rejected"), True, "loss aot reads no link"),
+        ({"loss": "nll", "reduce": "ld"}, {"err"}, ("chosen", "rejected"), True, "reduce: ld compares the lengths of two"),
+        ({"loss": "kto", "reduce": "ld"}, {"err"}, ("chosen", "rejected"), True, "loss kto reads no pair"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named_before_anything_loads(

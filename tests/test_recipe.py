@@ -293,6 +293,21 @@ def test_every_loss_has_parameters_that_a_recipe_can_give() -> None:
 # ---- dump
 
 
+@pytest.mark.parametrize(
+    ("term", "problem"),
+    [
+        ("{loss: dpo, ld_alpha: 0.5}", "ld_alpha goes with reduce: ld, and only with it (got reduce: sum)"),
+        ("{loss: dpo, link: forward_kl, link_alpha: 0.5}", "link_alpha goes with link: alpha_divergence, and only with it"),
+        ("{loss: dpo, link: alpha_divergence, link_alpha: 1.0}", "link_alpha"),
+        ("{loss: bco, state: 1}", "unknown key (got 'state'"),
+    ],
+)
+def test_slots_that_contradict_each_other_are_refused(term: str, problem: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(None, [f"objective=[{term}]"], "diffusion", losses=True)
+    assert problem in str(caught.value)
+
+
 def test_dump_loads_to_the_same_recipe_and_masks_secrets(tmp_path: Path) -> None:
     text = "objective: [{loss: dpo, beta_dpo: 2000, of: [chosen, rejected]}]\nout: 'no'\ntrain: {lr: 1e-5}\n"
     text += "judge: {options: {a: [1, {b: [2]}], c: {}}}\n"

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from mmpo import reference as references
 from mmpo.cache import Cache
+from mmpo.kernels.token_stats import Head
 from mmpo.modalities.diffusion import Adapter, Batch
 from mmpo.modalities.families import load
 from mmpo.objective import Objective, Result, make_term, rows_of
 from mmpo.reference import Cached, Values, trainable
 from mmpo.schema import ReferenceConfig
-from mmpo.scores import Scores
+from mmpo.scores import NOTHING, Scores, States
 from tests.modalities import tiny
 from tests.modalities.adapters import adapter, calls, keys, make_pairs, perturb
 
@@ -165,6 +166,45 @@ def test_a_moving_reference_is_not_cached(opened: Any) -> None:
     ours, reference = opened("lora ema")
     with pytest.raises(ValueError, match="ema reference changes during training"):
         Cached(reference, Cache(None), ours.model)
+
+
+def test_a_cast_weight_of_the_policy_is_not_the_references(opened: Any) -> None:
+    """Autocast keeps the weights it has cast by parameter, and this reference lends the same parameters other values."""
+    ours, _ = opened("lora start")
+    reference = Values(ours.model)
+    perturb(ours.model)
+    batch = draw(ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = logps(references.score(reference, ours, ours.model, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = logps(ours.score(ours.model, batch))
+        after = logps(references.score(reference, ours, ours.model, batch))
+    assert torch.equal(after, alone) and not torch.equal(after, policy)
+
+
+class Stated:
+    """A modality that gives its states, with a head that trains."""
+
+    def score(self, model: nn.Linear, batch: Any, wants: frozenset[str] = NOTHING, against: Any = None) -> dict[str, Scores]:
+        logp = torch.zeros(2, 1)
+        states = States(torch.zeros(2, 1, 3), Head(model.weight, model.bias))
+        return {"chosen": Scores(logp, logp == 0, states=states if "states" in wants else None)}
+
+
+def test_a_references_head_stays_its_own() -> None:
+    """The policy's values are back in the same parameters when the divergence is computed."""
+    model: Any = nn.Linear(3, 5)
+    start = model.weight.detach().clone(), model.bias.detach().clone()
+    reference: Any = Values(model)
+    perturb(model)
+    modality: Any = Stated()
+    kept = references.score(reference, modality, model, None, frozenset({"states"}))
+    assert kept is not None and kept["chosen"].states is not None
+    head = kept["chosen"].states.head
+    assert torch.equal(head.weight, start[0]) and head.bias is not None and torch.equal(head.bias, start[1])
+    assert not head.weight.requires_grad and not torch.equal(model.weight, start[0])
+    plain = references.score(reference, modality, model, None)
+    assert plain is not None and plain["chosen"].states is None
 
 
 def test_ema_follows_the_policy(opened: Any) -> None:

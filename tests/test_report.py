@@ -15,9 +15,11 @@ from PIL import Image
 
 from mmpo.curves import POINTS, series, thin
 from mmpo.report import (
+    answer_pairs,
     duration,
     environment,
     headline,
+    heldout_rows,
     ledger_rows,
     number,
     picture_pairs,
@@ -188,6 +190,51 @@ def test_sheet_is_shown_when_there_are_no_single_pictures(tmp_path: Path) -> Non
     (run / "samples" / "base").rename(run / "samples" / "sheet_only")
     Image.new("RGB", (32, 32)).save(run / "samples" / "sheet.png")
     assert "Sheet of generations" in write_report(run).read_text(encoding="utf-8")
+
+
+def written_run(run: Path) -> Path:
+    """A run whose samples are words."""
+    synthetic_run(run)
+    shutil.rmtree(run / "samples")
+    (run / "samples").mkdir()
+    prompts = ["1+1=", "1+1=", ATTACK]
+    for side, said in (("base", ["3", "2", ""]), ("aligned", ["2", "2", "</td><script>alert(2)</script>"])):
+        lines = [
+            {"prompt": p, "text": t, "score": float(t == "2"), "correct": t == "2"} for p, t in zip(prompts, said, strict=True)
+        ]
+        lines = [line | {"log_ratio": -1.25} for line in lines]
+        (run / "samples" / f"{side}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"aligned": {"score": 0.7, "kl": 1.5, "length": 3.25}}))
+    return run
+
+
+def test_answers_in_words_are_a_table_of_text_and_nothing_else(tmp_path: Path) -> None:
+    html = write_report(written_run(tmp_path / "run")).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "script" not in page.tags and "&lt;script&gt;alert(2)" in html and "&lt;script&gt;alert(1)" in html
+    table = html[html.index('<table class="answers">') : html.index("What changed")]
+    cells = [re.sub(r"<[^>]*>|\s+", " ", row).split() for row in table.split("<tr>")[2:]]
+    minus = "\N{MINUS SIGN}1.25"
+    assert [row[0] for row in cells] == ["1+1=", "&lt;/figcaption&gt;&lt;script&gt;alert(1)&lt;/script&gt;", "1+1="]
+    assert cells[0][1:] == ["3", "wrong", "0.000", minus, "2", "right", "1.000", minus]
+    assert "(nothing)" in table
+    assert "KL from the reference" in html and "1.500" in html
+
+
+def test_held_out_pairs_are_told_at_the_kept_checkpoint() -> None:
+    records = [{"event": "start", "ln_ches": -1.5}]
+    records += [{"event": "eval", "step": s, "eval/margin": float(s), "eval/length_correlation": None} for s in (0, 5, 10)]
+    told = [("margin, nats", 5.0), ("ln-CHES under the model at the start", -1.5)]
+    assert heldout_rows({"best_step": 5}, records) == told
+    assert heldout_rows({}, records)[0] == ("margin, nats", 10.0) and heldout_rows({}, []) == []
+
+
+def test_answers_that_nobody_judged_have_no_columns_for_it(tmp_path: Path) -> None:
+    for side in ("base", "aligned"):
+        (tmp_path / f"{side}.jsonl").write_text('{"prompt": "p", "text": "a", "score": null}\n{"prompt": "q", "text": "b"}\n')
+    shown, count = answer_pairs(tmp_path)
+    assert count == 2 and shown[0] == {"prompt": "p", "base": {"text": "a"}, "aligned": {"text": "a"}}
 
 
 def test_summary_that_is_no_object_is_refused_by_name(tmp_path: Path) -> None:

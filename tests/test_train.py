@@ -153,10 +153,33 @@ def worker(folder: str, case: str) -> None:
     pairs = line_pairs(24)
     if case == "skip":
         pairs[3] = line_pairs(4, weight=float("nan"))[3]
-    run = line_run(Path(folder), pairs, batch_size=4, on_nonfinite="skip")
-    assert run.accelerator.num_processes == 2
-    train(run, 6)
-    print(json.dumps({"weight": weight(run).tolist(), "skipped": run.progress.skipped_steps}))
+    found = {}
+    for loss in OVER_BATCH if case == "statistics" else [{"loss": "dpo", "beta": 1.0}]:
+        run = line_run(Path(folder), pairs, loss, batch_size=4, on_nonfinite="skip", lr=0.5 if case == "statistics" else 0.05)
+        assert run.accelerator.num_processes == 2
+        train(run, 6)
+        found[loss["loss"]] = weight(run).tolist()
+    print(json.dumps({"weight": weight(run).tolist(), "skipped": run.progress.skipped_steps, "by_loss": found}))
+
+
+OVER_BATCH: list[dict[str, Any]] = [
+    {"loss": name, "beta": 1.0} for name in ("aot", "aot_unpaired", "bco", "bco_unpaired", "kto")
+]
+
+
+@pytest.mark.slow
+def test_statistics_of_a_batch_are_those_of_all_processes(tmp_path: Path) -> None:
+    """Losses that see the whole batch: two processes of 4 rows end where one of 8 does, and not where two batches of 4 do."""
+    first, second = in_two_processes(tmp_path, "statistics")
+    assert first == second
+    for loss in OVER_BATCH:
+        one, apart = (
+            line_run(tmp_path / str(n), line_pairs(24), loss, batch_size=8 // n, accumulate=n, lr=0.5) for n in (1, 2)
+        )
+        train(one, 6)
+        train(apart, 6)
+        torch.testing.assert_close(torch.tensor(first["by_loss"][loss["loss"]]), weight(one), rtol=0, atol=1e-5)
+        assert not torch.allclose(weight(apart), weight(one), rtol=0, atol=1e-4), loss
 
 
 @pytest.mark.slow
@@ -339,6 +362,37 @@ def test_skipped_steps_are_counted_and_change_nothing(tmp_path: Path) -> None:
     assert [torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)] == bad
     assert run.progress.skipped_steps == sum(bad) == 3
     assert [r.get("skipped", 0) for r in read(run.log.path) if r["event"] == "train"] == bad
+
+
+def test_a_loss_remembers_the_steps_that_were_taken_and_no_others(tmp_path: Path) -> None:
+    """BCO's count of rewards: two of each row. It is saved, comes back, and a look before the first step is no step."""
+    bco, pairs = {"loss": "bco", "beta": 1.0}, line_pairs(8)
+    pairs[5] = line_pairs(6, weight=float("nan"))[5]
+    skipping = line_run(tmp_path / "a", pairs, bco, on_nonfinite="skip", accumulate=2)
+    loop.forward(skipping, 0, 0)
+    assert skipping.objective.states["0.bco.count"].item() == 0
+    train(skipping, 3)
+    assert skipping.progress.skipped_steps == 3 and skipping.objective.states["0.bco.count"].item() == 0
+    whole, parts = (line_run(tmp_path / name, None, bco) for name in ("b", "c"))
+    train(whole, 6)
+    train(parts, 3)
+    again = line_run(tmp_path / "c", None, bco)
+    assert resume(again) and again.objective.states["0.bco.count"].item() == 3 * 2 * 4
+    train(again, 6)
+    assert torch.equal(weight(again), weight(whole)) and whole.objective.states["0.bco.delta"] != 0
+    assert {k: v.item() for k, v in again.objective.states.items()} == {k: v.item() for k, v in whole.objective.states.items()}
+
+
+def test_a_gradient_that_is_refused_leaves_no_memory(tmp_path: Path) -> None:
+    run = line_run(tmp_path, None, {"loss": "bco"}, on_nonfinite="skip")
+    train(run, 1)
+    before = run.objective.states
+    hook = next(run.model.parameters()).register_hook(lambda g: g * float("nan"))
+    train(run, 2)
+    assert run.progress.skipped_steps == 1 and run.objective.states == before
+    hook.remove()
+    train(run, 3)
+    assert run.objective.states["0.bco.count"].item() == 2 * before["0.bco.count"].item()
 
 
 def test_clip(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Line:
         time, names = torch.linspace(0, 0.99, len(keys)), tuple(str(k).encode() for k in keys)
         return Batch(values[:, :1] + noise, values[:, 1:] + noise, noise, time, names)
 
-    def score(self, model: nn.Module, batch: Batch) -> dict[str, Scores]:
+    def score(self, model: nn.Module, batch: Batch, wants: Any = (), against: Any = None) -> dict[str, Scores]:
         both = -model(torch.cat([batch.chosen, batch.rejected])).square().sum(-1, keepdim=True)
         chosen, rejected = both.chunk(2)
         return {"chosen": Scores(chosen, chosen < 1), "rejected": Scores(rejected, rejected < 1)}

@@ -110,17 +110,20 @@ def _two(row: Row, name: str, read: Callable[[Row, str], float]) -> list[float]:
     return [] if row.get(f"{name}_0") is None else [read(row, f"{name}_{i}") for i in (0, 1)]
 
 
-def write_pick_a_pic(pairs: Iterable[Pair], path: Path) -> int:
+def write_pick_a_pic(pairs: Iterable[Pair], path: Path, ledger: Ledger | None = None) -> int:
     """Write image pairs as one parquet file, replaced as a whole; returns the number of rows.
 
     Which side is image 0 follows from the pair's id, so that position tells nothing about preference. Arrays become PNG.
-    `weight`, `margin` and `scores` are kept as columns of ours. Raises DataError for what the format cannot hold: rows
-    without two images, a prompt that is not one text, a chosen side that is the less likely one.
+    `weight`, `margin` and `scores` are kept as columns of ours; `meta` is left out and counted. Raises
+    DataError for what the format cannot hold: rows without two images, a prompt that is not one text, a chosen side that is
+    the less likely one.
     """
-    return write_parquet(path, SCHEMA, (_row(pair) for pair in pairs))
+    return write_parquet(path, SCHEMA, (_row(pair, ledger) for pair in pairs))
 
 
-def _row(pair: Pair) -> dict[str, Any]:
+def _row(pair: Pair, ledger: Ledger | None) -> dict[str, Any]:
+    if pair.meta and ledger is not None:
+        ledger.notes["meta left out: pick_a_pic has no place for it"] += 1
     if [b.kind for b in (*pair.prompt, *pair.chosen, *pair.rejected)] != ["text", "image", "image"]:
         raise DataError(f"pair {pair.id}: Pick-a-Pic holds one text and two images, not this pair's blocks")
     if not 0.5 <= pair.label <= 1:

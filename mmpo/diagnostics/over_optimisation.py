@@ -32,5 +32,6 @@ def over_optimisation(records: Sequence[Record]) -> Flag | None:
         f"{best['eval/pair_accuracy']:.3f} to {last['eval/pair_accuracy']:.3f}: "
         "the policy is fitting the pairs beyond what they say about samples",
         f"keep the checkpoint of step {best['step']} (it is under best/); then fewer steps, a larger beta, a smaller lr, "
-        "an anchor (- {loss: err_anchor, of: chosen, weight: 1.0}), or fresh pairs of the policy's own samples (--rounds 2)",
+        "an anchor (- {loss: nll, of: chosen, weight: 1.0}, err_anchor for denoisers), or fresh pairs of the policy's own "
+        "samples (--rounds 2)",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset()
+READS: frozenset[str] = frozenset({"link"})
 PAPER: str = "arXiv 2408.06266"
 
 

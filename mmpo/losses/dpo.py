@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset({"label", "margin"})
+READS: frozenset[str] = frozenset({"label", "link", "margin"})
 PAPER: str = "arXiv 2305.18290 eq. 7"
 
 

@@ -17,4 +17,4 @@ def err_anchor(chosen: Side) -> Losses:
     TangoFlux adds it, with weight 1, to the DPO term of its flow model so that the winner's error cannot rise while
     the margin grows. It is the pretraining loss itself: no reference, no beta.
     """
-    return Losses(chosen.extras["err"])
+    return Losses(chosen.extras["err"] / chosen.units)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset()
+READS: frozenset[str] = frozenset({"link"})
 PAPER: str = "arXiv 2402.00856"
 
 

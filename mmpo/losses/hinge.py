@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset({"margin"})
+READS: frozenset[str] = frozenset({"link", "margin"})
 PAPER: str = "arXiv 2309.06657"
 
 

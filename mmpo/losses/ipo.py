@@ -7,7 +7,7 @@ from typing import Literal
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset()
+READS: frozenset[str] = frozenset({"link"})
 PAPER: str = "arXiv 2310.12036 eq. 17"
 
 

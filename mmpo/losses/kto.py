@@ -11,7 +11,8 @@ from mmpo.collective import global_mean
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset({"label"})
+READS: frozenset[str] = frozenset({"label", "link"})
+BATCH_STATISTICS: bool = True
 PAPER: str = "arXiv 2402.01306"
 
 
@@ -29,8 +30,9 @@ def kto(
     loss = weight_desirable sigmoid(-v) where label = 1,  weight_undesirable sigmoid(v) where label = 0
 
     A label in between mixes the two. With utility "loss_averse" softplus takes the place of the sigmoid. Absent rows
-    have loss and gradient 0. z0 averages matched rows, as Diffusion-KTO does; text KTO estimates it on mismatched
-    prompts and answers: pass that estimate as the extra `kl_baseline`, (B,) nats, averaged over ranks and clamped.
+    have loss and gradient 0. z0 averages the rows' own prompts and answers, as Diffusion-KTO does, on text as well, where
+    the authors average answers to other rows' prompts: a deviation, under which z0 rises as the desirable answers do.
+    Who has their estimate passes it as the extra `kl_baseline`, (B,) nats, averaged over ranks and clamped.
 
     beta: per nat, > 0. desirable_weight, undesirable_weight: balance unequal counts, the authors advise
     1 <= (desirable_weight n_desirable) / (undesirable_weight n_undesirable) <= 4/3.

@@ -23,9 +23,9 @@ def mapo(chosen: Side, rejected: Side, *, beta: float = 0.1, kappa: float = 0.5,
 
     beta: weight of the margin term. kappa: steepness of s (the code's `snr_value`). timesteps: T.
     """
-    win = timesteps * _likelihood(kappa * chosen.extras["err"])
-    lose = timesteps * _likelihood(kappa * rejected.extras["err"])
-    return Losses(chosen.extras["err"] + beta * F.softplus(lose - win), win.detach(), lose.detach())
+    better, worse = (s.extras["err"] / s.units for s in (chosen, rejected))
+    win, lose = timesteps * _likelihood(kappa * better), timesteps * _likelihood(kappa * worse)
+    return Losses(better + beta * F.softplus(lose - win), win.detach(), lose.detach())
 
 
 def _likelihood(x: Tensor) -> Tensor:

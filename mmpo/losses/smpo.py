@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset({"label"})
+READS: frozenset[str] = frozenset({"label", "link"})
 PAPER: str = "arXiv 2506.02698"
 
 

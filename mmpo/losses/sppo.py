@@ -7,7 +7,7 @@ from torch import Tensor
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset()
+READS: frozenset[str] = frozenset({"link"})
 PAPER: str = "arXiv 2405.00675"
 
 

@@ -237,8 +237,8 @@ def test_convert_refuses_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "k.csv").write_text("file_path,caption,label\na.png,c,1\n")
     out = tmp_path / "out.parquet"
     for to, path, message in (
-        ("ranked", "k.csv", r"no writer for 'ranked' \(there are: candidates, pick_a_pic\)"),
-        ("candidates", "k.csv", "do not say what one picture is worth"),
+        ("ranked", "k.csv", r"no writer for 'ranked' \(there are: .*candidates, .*pick_a_pic"),
+        ("candidates", "k.csv", "do not say what one answer is worth"),
         ("pick_a_pic", "k.csv", "holds one text and two images"),
     ):
         with pytest.raises(RecipeError if to == "ranked" else DataError, match=message):
@@ -396,7 +396,7 @@ def test_unreadable_files_are_data_errors(tmp_path: Path, name: str, body: bytes
 def test_detect_names_the_formats(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(
-        DataError, match=r"a csv with a, b fits no format; set format to one of: candidates, image_folder, pick_a_pic"
+        DataError, match=r"a csv with a, b fits no format; set format to one of: .*candidates, .*image_folder, .*pick_a_pic"
     ):
         detect(tmp_path / "x.csv")
     with pytest.raises(DataError, match="no such file"):

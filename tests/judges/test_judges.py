@@ -83,8 +83,15 @@ def options(name: str, folder: Path) -> dict[str, Any]:
         "hpsv2": {"path": folder / "hps.pt", **tiny},
         "aesthetic": {"path": folder / "clip.safetensors", "head": folder / "head.safetensors", **tiny},
         "pickscore": {"path": folder / "pickscore"},
+        "sums": {},
+        "sentiment": {},
     }
     return every[name]
+
+
+OF_TEXT = {"sums", "sentiment"}  # judges of answers in words
+SAID = [("12+34=", "46"), ("50+25=", " 75\n"), ("19+19=", "28, a good guess"), ("99+99=", "")]
+Rows = tuple[list[tuple[Block, ...]], list[tuple[Block, ...]]]
 
 
 def prompts_and_answers() -> tuple[list[tuple[Block, ...]], list[tuple[Block, ...]]]:
@@ -95,24 +102,36 @@ def prompts_and_answers() -> tuple[list[tuple[Block, ...]], list[tuple[Block, ..
 
 
 @pytest.fixture(params=names("judges"))
-def judge(request: pytest.FixtureRequest, folder: Path) -> Callable:
-    return find("judges", request.param)(**options(request.param, folder))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_scores_are_finite_float64_and_deterministic(judge: Callable) -> None:
-    prompts, answers = prompts_and_answers()
+@pytest.fixture
+def judge(name: str, folder: Path) -> Callable:
+    if name == "sentiment":
+        pytest.importorskip("vaderSentiment")
+    return find("judges", name)(**options(name, folder))
+
+
+@pytest.fixture
+def rows(name: str) -> Rows:
+    return ([(text(p),) for p, _ in SAID], [(text(a),) for _, a in SAID]) if name in OF_TEXT else prompts_and_answers()
+
+
+def test_scores_are_finite_float64_and_deterministic(judge: Callable, rows: Rows) -> None:
+    prompts, answers = rows
     result, again = judge(prompts, answers), judge(prompts, answers)
     assert result.scores.shape == (4,) and result.scores.dtype == torch.float64
     assert result.scores.isfinite().all() and not result.scores.requires_grad
     assert torch.equal(result.scores, again.scores)
-    assert len(result.scores.unique()) > 1  # pictures that differ are told apart
+    assert len(result.scores.unique()) > 1  # answers that differ are told apart
     assert result.correct is None or (result.correct.dtype == torch.bool and result.correct.shape == (4,))
     for part in result.parts.values():
         assert part.shape == (4,) and part.isfinite().all()
 
 
-def test_each_row_is_judged_on_its_own(judge: Callable) -> None:
-    prompts, answers = prompts_and_answers()
+def test_each_row_is_judged_on_its_own(judge: Callable, rows: Rows) -> None:
+    prompts, answers = rows
     together = judge(prompts, answers)
     alone = [judge([p], [a]) for p, a in zip(prompts, answers, strict=True)]
     torch.testing.assert_close(torch.cat([r.scores for r in alone]), together.scores, atol=1e-5, rtol=1e-5)
@@ -120,15 +139,16 @@ def test_each_row_is_judged_on_its_own(judge: Callable) -> None:
     torch.testing.assert_close(backwards, together.scores, atol=1e-5, rtol=1e-5)
 
 
-def test_no_rows_and_wrong_rows(judge: Callable) -> None:
-    prompts, answers = prompts_and_answers()
+def test_no_rows_and_wrong_rows(name: str, judge: Callable, rows: Rows) -> None:
+    prompts, answers = rows
     assert judge([], []).scores.shape == (0,)
     with pytest.raises(ValueError, match="one answer per prompt"):
         judge(prompts, answers[:1])
-    with pytest.raises(ValueError, match="one image"):
-        judge(prompts[:1], [(text("no picture"),)])
+    picture, words = (image(np.zeros((8, 8, 3), np.uint8)),), (text("no picture"),)
+    with pytest.raises(ValueError, match="answer of text" if name in OF_TEXT else "one image"):
+        judge(prompts[:1], [picture if name in OF_TEXT else words])
     with pytest.raises(ValueError, match="with text"):
-        judge([answers[0]], answers[:1])
+        judge([picture], answers[:1])
 
 
 def test_the_room_is_what_we_think() -> None:
@@ -158,6 +178,26 @@ def test_shapes_resizes_and_refuses_weights() -> None:
         find("judges", "shapes")(path="x")
     with pytest.raises(ValueError, match="not a caption of the shapes world"):
         judge([(text("a cat"),)], [(image(pixels),)])
+
+
+def test_sums_is_exact_and_refuses_weights() -> None:
+    judge = find("judges", "sums")()
+    result = judge([(text(p),) for p, _ in SAID], [(text(a),) for _, a in SAID])
+    assert result.scores.tolist() == [1, 1, 0, 0] and result.correct.tolist() == [True, True, False, False]
+    with pytest.raises(ValueError, match="needs no weights"):
+        find("judges", "sums")(path="x")
+    with pytest.raises(ValueError, match="not a prompt of the sums world"):
+        judge([(text("a cat"),)], [(text("46"),)])
+
+
+def test_sentiment_is_vaders_compound_of_the_answer_alone() -> None:
+    vader = pytest.importorskip("vaderSentiment.vaderSentiment")
+    said = ["What a wonderful day!", "What a dreadful day.", "A day."]
+    scores = find("judges", "sentiment")()([(text("I hate this, it is terrible"),)] * 3, [(text(s),) for s in said]).scores
+    own = vader.SentimentIntensityAnalyzer()
+    assert scores.tolist() == [own.polarity_scores(s)["compound"] for s in said] and scores[0] > scores[2] == 0 > scores[1]
+    with pytest.raises(ValueError, match="needs no weights"):
+        find("judges", "sentiment")(path="x")
 
 
 def reference_embeddings(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 
 import mmpo.losses
-from mmpo.scores import Losses, Side, side
+from mmpo import objective
+from mmpo.objective import Objective, Rows, make_term
+from mmpo.scores import Losses, Scores, Side, side
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(mmpo.losses.__path__))
-EXTRAS = {"ref", "err"}
+EXTRAS = {"ref", "err", "kl_ref", "log_sum_p2"}
 ROW_FIELDS = {"label", "margin"}
-TERM_KEYS = {"loss", "of", "weight", "reduce", "link"}  # an objective's line; a keyword of that name would never arrive
+SLOTS = {"link"}
+TERM_KEYS = {"loss", "of", *objective.SLOTS}  # an objective's line; a keyword of that name would never arrive
 REF = -1000.0
 
 # (loss, role) whose gradient changes sign by design, with the reason.
@@ -44,11 +48,17 @@ def module(name: str) -> ModuleType:
 
 
 def function(name: str) -> Callable[..., Losses]:
-    return getattr(module(name), name)
+    """The loss; one with a state has seen so many rows that those of a test do not move it."""
+    loss = getattr(module(name), name)
+    state = {key: torch.tensor(1e15 if key == "count" else value) for key, value in getattr(module(name), "STATE", {}).items()}
+    return functools.partial(loss, state=state) if state else loss
 
 
 def parameters(name: str, kind: inspect._ParameterKind) -> list[inspect.Parameter]:
-    return [p for p in inspect.signature(function(name)).parameters.values() if p.kind is kind]
+    return [p for p in inspect.signature(getattr(module(name), name)).parameters.values() if p.kind is kind]
+
+
+OVER_BATCH = {name for name in NAMES if getattr(module(name), "BATCH_STATISTICS", False)}
 
 
 def roles(name: str) -> list[str]:
@@ -56,8 +66,10 @@ def roles(name: str) -> list[str]:
 
 
 def make(logp: Tensor, ref: float = REF, **row: Tensor) -> Side:
-    """A side whose error and likelihood move together, as a denoiser's do."""
-    return side(logp, ref=torch.full_like(logp.detach(), ref), err=-logp, **row)
+    """A side whose error and likelihood move together, as a denoiser's do; a divergence; and a policy that is nearly uniform,
+    so that WPO's weight, which has no gradient, does not depend on the likelihood."""
+    same = torch.ones_like(logp.detach())
+    return side(logp, ref=ref * same, err=-logp, kl_ref=0.3 * same, log_sum_p2=-1e3 * same, **row)
 
 
 def grid(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -80,6 +92,30 @@ def gradients(name: str) -> dict[str, Tensor]:
     return {role: g for role, g in zip(("chosen", "rejected"), found, strict=True) if g is not None}
 
 
+def scored(count: int, lowest: float = -3.0) -> dict[str, Scores]:
+    """Two to seven units per branch, with every extra that a loss may need; fp64, logp a leaf and the error its negative."""
+    g, found = torch.Generator().manual_seed(int(-lowest)), {}
+    for branch in ("chosen", "rejected"):
+        logp, kl, peak, length = torch.rand(4, count, 7, generator=g, dtype=torch.float64)
+        logp = (lowest * logp).requires_grad_()
+        mask = torch.arange(7) < 2 + 6 * length[:, :1]
+        found[branch] = Scores(logp, mask, {"err": -logp, "kl_ref": kl, "log_sum_p2": -peak})
+    return found
+
+
+def part(scores: Scores, rows: slice) -> Scores:
+    return Scores(scores.logp[rows], scores.mask[rows], {k: v[rows] for k, v in scores.extras.items()})
+
+
+def columns(count: int, rows: slice = slice(None)) -> Rows:
+    weight, margin, label = torch.rand(3, count, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return Rows(weight[rows], margin[rows], label[rows], {})
+
+
+def the_objective(name: str) -> Objective:
+    return Objective([make_term(name)])
+
+
 def rows(count: int = 6) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     logp, length, label, margin, score = torch.rand(5, count, generator=g, dtype=torch.float64)
@@ -95,22 +131,25 @@ def sides(name: str, row: dict[str, Tensor]) -> list[Side]:
 class TestEveryLoss:
     def test_declares_itself(self, name: str) -> None:
         m = module(name)
-        assert callable(function(name)) and inspect.getdoc(function(name)) and m.__doc__
+        assert callable(getattr(m, name)) and inspect.getdoc(getattr(m, name)) and m.__doc__
         assert isinstance(m.NEEDS, frozenset) and m.NEEDS <= EXTRAS
-        assert isinstance(m.READS, frozenset) and m.READS <= ROW_FIELDS
+        assert isinstance(m.READS, frozenset) and m.READS <= ROW_FIELDS | SLOTS
+        assert all(type(v) is float for v in getattr(m, "STATE", {}).values())
         assert re.match(r"arXiv \d{4}\.\d{5}( eq\. \d+)?$", m.PAPER)
 
     def test_roles_are_known_branches(self, name: str) -> None:
         assert roles(name) in (["chosen", "rejected"], ["chosen"], ["completion"])
 
     def test_keywords_are_a_schema(self, name: str) -> None:
-        hints = typing.get_type_hints(function(name))
-        assert not TERM_KEYS & set(hints)
-        for p in parameters(name, inspect.Parameter.KEYWORD_ONLY):
+        loss = getattr(module(name), name)
+        hints = typing.get_type_hints(loss)
+        keywords = [p for p in parameters(name, inspect.Parameter.KEYWORD_ONLY) if p.name != "state"]
+        assert not TERM_KEYS & set(hints) and ("state" in hints) == hasattr(module(name), "STATE")
+        for p in keywords:
             hint = hints[p.name]
             allowed = typing.get_args(hint)
             assert p.default in allowed if allowed else type(p.default) is hint, p
-            assert re.search(rf"\b{p.name}\b", inspect.getdoc(function(name)) or ""), f"{p.name} is not documented"
+            assert re.search(rf"\b{p.name}\b", inspect.getdoc(loss) or ""), f"{p.name} is not documented"
 
     def test_one_loss_per_row(self, name: str) -> None:
         result = function(name)(*sides(name, rows(5)))
@@ -145,7 +184,9 @@ class TestEveryLoss:
     def test_gradient_is_the_numerical_one(self, name: str) -> None:
         row = rows(3)
         leaf = row["logp"].clone().requires_grad_()
-        assert torch.autograd.gradcheck(lambda v: function(name)(*sides(name, row | {"logp": v})).loss, (leaf,))
+        whole = torch.sum if name in OVER_BATCH else torch.clone  # there a row's gradient may come by way of another row
+
+        assert torch.autograd.gradcheck(lambda v: whole(function(name)(*sides(name, row | {"logp": v})).loss), (leaf,))
 
     def test_rows_do_not_know_their_order(self, name: str) -> None:
         row, order = rows(6), torch.tensor([3, 0, 5, 1, 4, 2])
@@ -155,10 +196,40 @@ class TestEveryLoss:
 
     @pytest.mark.parametrize("field", sorted(ROW_FIELDS))
     def test_reads_the_row_fields_it_declares(self, name: str, field: str) -> None:
-        row = rows(4)
+        row = rows(400)
         before = function(name)(*sides(name, row)).loss
         after = function(name)(*sides(name, row | {field: row[field] / 2})).loss
         assert torch.equal(before, after) == (field not in module(name).READS)
+
+    def test_reads_the_link_if_and_only_if_declared(self, name: str) -> None:
+        given = sides(name, rows(4))
+        linked = [replace(s, link="jensen_shannon") for s in given]
+        same = torch.equal(function(name)(*given).loss, function(name)(*linked).loss)
+        assert same == ("link" not in module(name).READS)
+
+    def test_no_gradient_reaches_the_reference(self, name: str) -> None:
+        policy, reference = scored(6), scored(6, lowest=-5.0)
+        the_objective(name)(policy, reference, columns(6)).loss.sum().backward()
+        assert all(s.logp.grad is None for s in reference.values())
+        learns = [g for s in policy.values() if (g := s.logp.grad) is not None]
+        assert learns and all(bool(g.isfinite().all() and g.any()) for g in learns)
+
+    def test_accumulation_is_a_large_batch_unless_declared(self, name: str) -> None:
+        """Mean loss and gradient of eight rows are the means over their two halves."""
+        policy, reference = scored(8), scored(8, lowest=-5.0)
+        leaves = [s.logp for b, s in policy.items() if b in the_objective(name).branches]
+
+        def halves() -> Iterator[Tensor]:
+            for at in (slice(0, 4), slice(4, 8)):
+                mine, ref = ({b: part(s, at) for b, s in given.items()} for given in (policy, reference))
+                yield the_objective(name)(mine, ref, columns(8, at)).loss.mean() / 2
+
+        whole = the_objective(name)(policy, reference, columns(8)).loss.mean()
+        accumulated = torch.stack(list(halves())).sum()
+        pairs = [(accumulated, whole)]
+        pairs += zip(*(torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (accumulated, whole)), strict=True)
+        same = all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in pairs)
+        assert same == (name not in OVER_BATCH), "what is declared as BATCH_STATISTICS, and nothing else, sees the batch"
 
     def test_needs_a_reference_if_and_only_if_declared(self, name: str) -> None:
         bare = [replace(s, ref=None) for s in sides(name, rows(4))]

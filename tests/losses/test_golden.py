@@ -1,7 +1,7 @@
 """Published values of every loss on one worked example, in float64.
 
 Sums of log-probabilities: chosen -12 (reference -13, 6 tokens), rejected -15 (reference -14, 10 tokens), so the log-ratios
-are 1 and -1 and their gap is 2.
+are 1 and -1 and their gap is 2. KL(reference || policy), summed over tokens: 0.8 and 0.5.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ def f64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-CHOSEN = side(f64(-12), ref=f64(-13), length=f64(6))
-REJECTED = side(f64(-15), ref=f64(-14), length=f64(10))
+def seen(delta: float, count: float = 1e15) -> dict[str, Tensor]:
+    """BCO's state after so many rows that one more does not move it."""
+    return {"delta": f64(delta)[0], "count": f64(count)[0]}
+
+
+CHOSEN = side(f64(-12), ref=f64(-13), length=f64(6), kl_ref=f64(0.8))
+REJECTED = side(f64(-15), ref=f64(-14), length=f64(10), kl_ref=f64(0.5))
 SIDES = {"chosen": CHOSEN, "rejected": REJECTED}
 
 
@@ -59,6 +64,15 @@ def at(name: str, sides: dict[str, Side] = SIDES, **keywords: Any) -> float:
         ("orpo", {"beta": 0.1}, 2.104205781),
         ("rdpo", {"beta": 0.1, "alpha": 0.05}, 0.693147181),
         ("dpop", {"beta": 0.1, "penalty": 50.0}, 0.598138869),
+        ("slic", {"delta": 1.0, "alpha": 0.1}, 0.2),
+        ("bco", {"beta": 0.1, "state": seen(0.0)}, 1.288793320),
+        ("bco", {"beta": 0.1, "state": seen(0.05)}, 1.289416696),
+        ("bco", {"beta": 0.1, "shift": False, "state": seen(0.05)}, 1.288793320),
+        ("tdpo1", {"beta": 0.1}, 0.584745157),
+        ("tdpo2", {"beta": 0.1, "alpha": 0.5}, 0.591414211),
+        ("aot", {"beta": 0.1}, 0.598138869),  # of a batch of one: DPO
+        ("aot", {"beta": 0.1, "label_smoothing": 0.1}, 0.618138869),
+        ("aot_unpaired", {"beta": 0.1}, 0.598138869),
         ("nll", {}, 2.0),
         ("nll", {"length_norm": "sum"}, 12.0),
     ],
@@ -150,6 +164,90 @@ def test_mapo_likelihood_is_exact_in_fp32(err: float) -> None:
 def test_smpo_is_dpo_with_a_scaled_beta(label: float, scale: float) -> None:
     labelled = {"chosen": replace(CHOSEN, label=f64(label)), "rejected": REJECTED}
     assert at("smpo", labelled, beta=0.1) == pytest.approx(at("dpo", beta=0.1 * scale), rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.7])
+def test_alpha_divergence_takes_the_papers_alpha(alpha: float) -> None:
+    """TRL's alpha_divergence_coef is 1 - alpha: f'(t) = (t^(a - 1) - 1) / (a - 1) with a = 1 - alpha."""
+    linked = {role: replace(s, link="alpha_divergence", link_alpha=alpha) for role, s in SIDES.items()}
+    a = 1 - alpha
+    reward = [(math.exp((a - 1) * u) - 1) / (a - 1) for u in (1.0, -1.0)]
+    assert at("dpo", linked, beta=0.1) == pytest.approx(math.log1p(math.exp(-0.1 * (reward[0] - reward[1]))), rel=1e-12)
+
+
+def test_internvls_mix() -> None:
+    """0.8 DPO + 0.2 BCO without its shift + 1.0 NLL per token, as in configs/text_internvl_mix.yaml."""
+    mix = 0.8 * at("dpo", beta=0.1) + 0.2 * at("bco", beta=0.1, shift=False, state=seen(0.0)) + 1.0 * at("nll")
+    assert mix == pytest.approx(2.736269759, rel=1e-9)
+
+
+def test_bco_remembers_the_mean_of_all_rewards() -> None:
+    """Rewards 1 and -1, then 3 and 1: means 0 and 1. The batch at hand is in its own mean."""
+
+    def step(chosen: float, rejected: float, state: dict[str, Tensor]) -> Any:
+        sides = (side(f64(v), ref=f64(0)) for v in (chosen, rejected))
+        return import_module("mmpo.losses.bco").bco(*sides, beta=1.0, state=state)
+
+    first = step(1, -1, seen(0.0, 0.0))
+    second = step(3, 1, first.state)
+    assert [first.metrics["bco_delta"].item(), second.metrics["bco_delta"].item()] == [0, 1]
+    assert [v.item() for v in second.state.values()] == [1, 4]
+    assert second.loss.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log(2), rel=1e-12)
+
+
+def test_bco_unpaired_is_half_of_bco() -> None:
+    bco_unpaired = import_module("mmpo.losses.bco_unpaired").bco_unpaired
+    one, two = (replace(s, label=f64(label)) for s, label in ((CHOSEN, 1.0), (REJECTED, 0.0)))
+    halves = [bco_unpaired(s, beta=0.1, state=seen(0.05)).loss.item() for s in (one, two)]
+    assert sum(halves) == pytest.approx(1.289416696, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "chosen", "rejected"), [("tdpo1", 1, -1), ("tdpo2", 0, -1)])
+def test_tdpo_gradient_through_the_divergences(name: str, chosen: int, rejected: int) -> None:
+    """As printed, z grows with K_chosen and falls with K_rejected; TDPO2 passes no gradient to K_chosen. By sign of dz/dK."""
+    leaves = [s.extras["kl_ref"].clone().requires_grad_() for s in (CHOSEN, REJECTED)]
+    sides = {r: replace(s, extras={"kl_ref": leaf}) for (r, s), leaf in zip(SIDES.items(), leaves, strict=True)}
+    loss = getattr(import_module(f"mmpo.losses.{name}"), name)(*sides.values()).loss
+    found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    assert [0 if g is None else int(-g.sign()) for g in found] == [chosen, rejected]
+
+
+def test_wpo_weight() -> None:
+    """p = (0.7, 0.2, 0.1): log sum p^2 = -0.616186139 at both tokens, 0 and 1, of either side; a mean weight of 0.692899516."""
+    logp, spread = math.log(0.7) + math.log(0.2), 2 * -0.616186139
+    one = side(f64(logp), ref=f64(logp), length=f64(2), log_sum_p2=f64(spread))
+    result = import_module("mmpo.losses.wpo").wpo(one, one, beta=0.1)
+    assert result.metrics["wpo_weight"].item() == pytest.approx(0.692899516**2, rel=1e-8)
+    assert result.loss.item() == pytest.approx(0.692899516**2 * math.log(2), rel=1e-8)
+
+
+@pytest.mark.parametrize(("clamp", "weight"), [(True, 1.0), (False, (0.7 / 0.54) ** 2)])
+def test_wpo_weight_above_1_is_cut_unless_trls_form_is_asked_for(clamp: bool, weight: float) -> None:
+    one = side(f64(math.log(0.7)), ref=f64(0), log_sum_p2=f64(math.log(0.54)))
+    result = import_module("mmpo.losses.wpo").wpo(one, one, clamp=clamp)
+    assert result.metrics["wpo_weight"].item() == pytest.approx(weight, rel=1e-12)
+
+
+def test_aot_sorts_the_gaps_of_both_models() -> None:
+    """Policy gaps 3, 1, 2 meet the reference's 10, 30, 20 in order of size, whatever row they come from."""
+    aot = import_module("mmpo.losses.aot").aot
+    chosen, rejected = side(f64(3, 1, 2), ref=f64(10, 30, 20)), side(f64(0, 0, 0), ref=f64(0, 0, 0))
+    expected = [math.log1p(math.exp(-(u - v))) for u, v in ((3, 30), (1, 10), (2, 20))]
+    assert aot(chosen, rejected, beta=1.0).loss.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_aot_unpaired_is_differentiable_through_both_sorts() -> None:
+    """Loss and gradient of the sorted lists themselves, by autograd."""
+    g = torch.Generator().manual_seed(0)
+    win, lose = torch.randn(2, 7, generator=g, dtype=torch.float64).unbind()
+    leaves = [v.clone().requires_grad_() for v in (win, lose)]
+    expected = torch.nn.functional.softplus(-0.5 * (leaves[0].sort().values - leaves[1].sort().values)).sum()
+    wanted = torch.autograd.grad(expected, leaves)
+    zero = torch.zeros_like(win)
+    loss = import_module("mmpo.losses.aot_unpaired").aot_unpaired(*(side(v, ref=zero) for v in leaves), beta=0.5).loss.sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_orpo_log_odds() -> None:

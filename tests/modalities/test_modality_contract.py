@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mmpo.find import find, names
-from mmpo.modality import DrawKey, Modality
+from mmpo.modality import DrawKey, GivesStates, Modality
+from mmpo.objective import DIVERGENCES
 from mmpo.pair import Pair
+from mmpo.reference import AdapterOff
 from mmpo.scores import Scores
-from tests.modalities import tiny
+from tests.modalities import tiny, tiny_text
 from tests.modalities.adapters import adapter, perturb
 
 
@@ -24,7 +26,12 @@ def diffusion(folder: Path) -> Any:
     return adapter(tiny.make("sd", folder), sample_steps=2)
 
 
-TINY: dict[str, Callable[[Path], Any]] = {"diffusion": diffusion}
+def text(folder: Path) -> Any:
+    return tiny_text.adapter(tiny_text.make(folder), sample={"max_new_tokens": 12})
+
+
+TINY: dict[str, Callable[[Path], Any]] = {"diffusion": diffusion, "text": text}
+RANDOM = {"diffusion"}  # whose draws differ from one index to the next
 FEATURES = [n for n, v in vars(Modality).items() if inspect.isfunction(v) and not n.startswith("_")]
 
 
@@ -44,17 +51,28 @@ def keys(pairs: list[Pair], index: int = 0) -> list[DrawKey]:
 
 @torch.no_grad()
 def score(modality: Any, pairs: list[Pair], index: int = 0) -> dict[str, Scores]:
+    """All that the modality provides, against the model without its adapter."""
     batch = modality.draw(modality.encode(pairs), keys(pairs, index), modality.model)
-    return modality.score(modality.model, batch)
+    with AdapterOff().active(modality.model) as reference:
+        against = modality.score(reference, batch, frozenset({"states"}))
+    return modality.score(modality.model, batch, modality.PROVIDES, against)
 
 
 def test_it_has_the_whole_interface(modality: Any) -> None:
     annotated = set(Modality.__annotations__)
-    assert not [n for n in (*FEATURES, *annotated) if not hasattr(modality, n)]
-    for name in FEATURES:
-        wanted, own = (inspect.signature(getattr(c, name)).parameters for c in (Modality, type(modality)))
+    states = {"head": GivesStates} if modality.PROVIDES & DIVERGENCES else {}
+    features = dict.fromkeys(FEATURES, Modality) | states
+    assert not [n for n in (*features, *annotated) if not hasattr(modality, n)]
+    for name, protocol in features.items():
+        wanted, own = (inspect.signature(getattr(c, name)).parameters for c in (protocol, type(modality)))
         assert list(own) == list(wanted), name
     assert isinstance(modality.PROVIDES, frozenset) and {"chosen", "rejected"} <= set(modality.branches)
+
+
+def test_pairs_within_its_limits_are_admitted(modality: Any) -> None:
+    pairs = modality.dummy()
+    kept, counts = modality.admit(pairs)
+    assert list(kept) == pairs and not counts
 
 
 def test_dummies_are_valid_pairs(modality: Any) -> None:
@@ -70,7 +88,7 @@ def test_scores_have_their_shapes_types_and_extras(modality: Any) -> None:
         assert branch.logp.shape == branch.mask.shape and branch.logp.shape[0] == 2
         assert branch.logp.dtype == torch.float32 and branch.mask.dtype == torch.bool
         assert branch.logp.isfinite().all() and branch.mask.any(-1).all()
-        assert set(branch.extras) == set(modality.PROVIDES)
+        assert set(branch.extras) == modality.PROVIDES - {"weights"}  # which come with the pairs that have spans
         assert all(v.shape[0] == 2 and v.dtype == torch.float32 and v.isfinite().all() for v in branch.extras.values())
 
 
@@ -81,7 +99,8 @@ def test_score_is_deterministic(modality: Any) -> None:
         first, second = (modality.score(modality.model, batch) for _ in range(2))
     assert all(torch.equal(first[b].logp, second[b].logp) for b in first)
     assert all(torch.equal(first[b].logp, s.logp) for b, s in score(modality, pairs).items())
-    assert not torch.equal(first["chosen"].logp, score(modality, pairs, index=1)["chosen"].logp)
+    again = torch.equal(first["chosen"].logp, score(modality, pairs, index=1)["chosen"].logp)
+    assert again == (type(modality).__module__.rpartition(".")[2] not in RANDOM)
 
 
 def test_pairs_do_not_see_each_other(modality: Any) -> None:
@@ -90,7 +109,9 @@ def test_pairs_do_not_see_each_other(modality: Any) -> None:
     scores, flipped, alone = score(modality, pairs), score(modality, pairs[::-1]), score(modality, pairs[:1])
     for branch, s in scores.items():
         torch.testing.assert_close(flipped[branch].logp, s.logp.flip(0), rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(alone[branch].logp, s.logp[:1], rtol=1e-5, atol=1e-3)
+        units = alone[branch].logp.shape[1]  # in company a row is as wide as the widest
+        torch.testing.assert_close(alone[branch].logp, s.logp[:1, :units], rtol=1e-5, atol=1e-3)
+        assert not s.mask[:1, units:].any()
 
 
 def test_swapped_sides_swap_their_scores(modality: Any) -> None:
@@ -126,6 +147,9 @@ def test_samples_depend_on_weights_prompt_and_seed_alone(modality: Any) -> None:
 
 
 def _distance(a: Any, b: Any) -> np.ndarray:
+    """Of two pictures by pixel, in levels of 8 bits; of two texts 0 or all the way."""
+    if isinstance(a, str):
+        return np.array([255 * (a != b)])
     return np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
 
 

@@ -1,0 +1,118 @@
+"""Generation: batches of answers with a key-value cache, each a function of the weights, its prompt and its seed alone.
+
+Every sequence draws its random numbers from a generator of its own, one per token, and turns each into a token by the
+inverse of the cumulative distribution: what else is in the batch moves nothing but the last bits of the logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmpo.kernels.prefix import causal
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], stops: frozenset[int], spec: Any
+) -> list[list[int]]:
+    """The generated tokens of each prompt, without the one that ended it.
+
+    prompts: N lists of ids, none empty. stops: ids that end a sequence. spec: max_new_tokens, temperature (0 takes the
+    likeliest token), top_p.
+    """
+    device = next(model.parameters()).device
+    uniform = torch.stack([torch.rand(spec.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    written: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    with _inference(causal(model)) as inner:
+        keeps = "past_key_values" in inspect.signature(inner.forward).parameters
+        steps: Any = (_Cached if keeps else _Recomputed)(inner, prompts, device)
+        for number in range(spec.max_new_tokens):
+            tokens = choose(steps.logits(), uniform[alive, number].to(device), spec.temperature, spec.top_p).tolist()
+            kept = [row for row, token in enumerate(tokens) if token not in stops]
+            for row in kept:
+                written[alive[row]].append(tokens[row])
+            alive = [alive[row] for row in kept]
+            if not alive:
+                break
+            steps.go_on(kept, [tokens[row] for row in kept])
+    return written
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One token of each row: logits (N, V) fp32, uniform (N,) in [0, 1). Returns (N,) int64.
+
+    top_p keeps the fewest likeliest tokens whose probabilities reach it (arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.double() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, places = p.sort(-1, descending=True)
+        above = ordered.cumsum(-1) - ordered
+        p = p * torch.zeros_like(p, dtype=torch.bool).scatter(-1, places, above < top_p)
+    cumulative = p.cumsum(-1)
+    wanted = uniform.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+
+
+class _Cached:
+    """The model's next-token logits while sequences grow; those that have ended leave the batch."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device):
+        longest = max(map(len, prompts))  # padded on the left, so that every row grows at the same place
+        self.model = model
+        self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self.ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self.cache: Any = None
+
+    def logits(self) -> Tensor:
+        """(N, V) fp32, of the token after each row."""
+        position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": position, "past_key_values": self.cache}
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[:, -1].float()
+
+    def go_on(self, rows: list[int], tokens: list[int]) -> None:
+        """Keep these rows of the batch, each with one more token."""
+        if len(rows) < len(self.mask):
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.mask.device))
+            self.mask = self.mask[rows]
+        self.ids = torch.tensor(tokens, device=self.mask.device)[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
+
+
+class _Recomputed:
+    """The same for recurrent models, whose states are no key-value cache: the whole row again for every token."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device):
+        self.model, self.device, self.rows = model, device, [list(p) for p in prompts]
+
+    def logits(self) -> Tensor:
+        width = max(map(len, self.rows))  # padded on the right, where a recurrence has passed the last token already
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in self.rows], device=self.device)
+        last = torch.tensor([len(row) - 1 for row in self.rows], device=self.device)
+        found = self.model(input_ids=ids, use_cache=False).logits
+        return found[torch.arange(len(ids), device=self.device), last].float()
+
+    def go_on(self, rows: list[int], tokens: list[int]) -> None:
+        self.rows = [[*self.rows[row], token] for row, token in zip(rows, tokens, strict=True)]
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode throughout: layers that recompute their activations keep no cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
