@@ -11,7 +11,7 @@ from mmpo.collective import global_mean
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
-READS: frozenset[str] = frozenset({"label"})
+READS: frozenset[str] = frozenset({"label", "batch"})
 PAPER: str = "arXiv 2402.01306"
 
 
