@@ -52,6 +52,10 @@ class Undecodable(DataError):
     """A decoder could make nothing of the bytes; another decoder may."""
 
 
+class EndedFromOutside(DataError):
+    """The decoding process, or its fork, was killed by something that is not a limit of the file's."""
+
+
 @dataclass(frozen=True)
 class Server:
     process: subprocess.Popen[bytes]
@@ -68,18 +72,17 @@ def decode(
     """What `decoder` (decord, av, soundfile) makes of a file: rate (and, of video, timestamps), and the array.
 
     frames: how many, evenly spread; None: all. container: FFmpeg's name of the format, for av. Raises Undecodable
-    when the decoder gives up, DataError when the file is over a limit or the decoder crashed, hung or was killed for it.
+    when the decoder gives up, DataError when the file is over a limit or the decoder crashed or hung on it, or was killed
+    twice: after the first time a new process decodes the file again.
     """
     fields = dataclasses.asdict(limits)
     request = fields | {"frames_limit": fields["frames"], "frames": frames, "container": container}
     request |= {"decoder": decoder, "size": len(data)}
     with _lock:
-        server = _running()
         try:
-            header, array, code = _exchange(server, request, data, limits)
-        except BaseException:  # also when interrupted: an answer half read must not be taken for the next one
-            stop()
-            raise
+            header, array, code = _once(request, data, limits)
+        except EndedFromOutside:  # by the system, short of memory, or by a person: the file is not to blame, so once more
+            header, array, code = _once(request, data, limits)
     if code:
         raise DataError(f"{decoder} {_fate(code, limits)}")
     if "refused" in header:
@@ -87,6 +90,21 @@ def decode(
     if "error" in header:
         raise Undecodable(f"{decoder}: {header['error']}")
     return header, array
+
+
+def _once(request: dict[str, Any], data: bytes, limits: Limits) -> tuple[dict[str, Any], NDArray[Any], int]:
+    """One exchange. Raises EndedFromOutside for a death that no limit explains: nothing here sends SIGKILL to a fork."""
+    server = _running()
+    try:
+        header, array, code = _exchange(server, request, data, limits)
+    except BaseException:  # also when interrupted: an answer half read must not be taken for the next one
+        stop()
+        raise
+    if code == -signal.SIGKILL:
+        raise EndedFromOutside(
+            f"{request['decoder']} was killed twice on this file: by the system, short of memory, or for its processor time"
+        )
+    return header, array, code
 
 
 def _running() -> Server:
@@ -167,7 +185,7 @@ def _exchange(server: Server, request: dict[str, Any], data: bytes, limits: Limi
     except TimeoutError:
         raise DataError(f"{request['decoder']} gave no answer in {limits.wall + GRACE_SECONDS:g} s and was ended") from None
     except (OSError, struct.error) as error:
-        raise DataError(f"the decoding process was ended from outside ({error}); the next file starts a new one") from error
+        raise EndedFromOutside(f"the decoding process was killed twice on this file ({error})") from error
 
 
 def _answer(link: socket.socket, deadline: float, limits: Limits) -> tuple[dict[str, Any], NDArray[Any]]:
@@ -205,8 +223,8 @@ def _fate(code: int, limits: Limits) -> str:
     """In words, how a fork ended that did not end well."""
     if code == -signal.SIGALRM:
         return f"took longer than {limits.wall:g} s"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"took more than {limits.cpu} s of processor time, or the system ran out of memory"
+    if code == -signal.SIGXCPU:
+        return f"took more than {limits.cpu} s of processor time"
     if code < 0:
         return f"crashed with {signal.Signals(-code).name} (its memory is limited to {limits.memory} bytes)"
     return f"ended with exit code {code} (its memory is limited to {limits.memory} bytes)"

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from torch import distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, ches, drift, evaluate, tiers
+from mmpo import checkpoint, ches, drift, evaluate, memory, tiers
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
@@ -50,7 +50,7 @@ def run(resolved: Resolved) -> int:
     folder = Path(recipe.out or _default_folder(resolved))
     folder.mkdir(parents=True, exist_ok=True)
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
-    with _full_disk(folder), RunLock(folder) if main else contextlib.nullcontext():
+    with _full_disk(folder), memory.explained(_SMALLER), RunLock(folder) if main else contextlib.nullcontext():
         if main:
             checkpoint.clear_leftovers(folder)
             drift.claim_recipe(folder, resolved)
@@ -89,6 +89,12 @@ def _leave_the_others(run: Run) -> None:
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+
+
+_SMALLER = (
+    "It was not in a training step, so a smaller batch changes nothing: a smaller eval.prompts or eval.pairs, "
+    "model.dtype=bf16 or a smaller model do. What was saved is as it was, and the command goes on from there"
+)
 
 
 @contextlib.contextmanager

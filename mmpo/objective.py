@@ -60,7 +60,8 @@ class Term:
     """One loss over branches. `of` names the branch that each of the loss's roles reads.
 
     needs, reads: what the loss's file declares: extras it cannot do without, and what it takes notice of, fields of the row
-    and the link. state: what it remembers from step to step, and the values that it starts from.
+    and the link. over_batch: it reads statistics of the batch. state: what it remembers from step to step, and the values that
+    it starts from.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Term:
     link_alpha: float = ALPHA
     needs: frozenset[str] = NOTHING
     reads: frozenset[str] = NOTHING
+    over_batch: bool = False
     state: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,7 +111,10 @@ def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
     slots = {k: spec.pop(k) for k in SLOTS if k in spec}
     declared = vars(sys.modules[function.__module__])
     needs, reads, state = (declared.get(name, empty) for name, empty in (("NEEDS", NOTHING), ("READS", NOTHING), ("STATE", {})))
-    return Term(loss, function, roles, branches, needs=needs, reads=reads, state=state, options=spec, **slots)
+    over_batch = declared.get("BATCH_STATISTICS", False)
+    return Term(
+        loss, function, roles, branches, needs=needs, reads=reads, over_batch=over_batch, state=state, options=spec, **slots
+    )
 
 
 class Objective:

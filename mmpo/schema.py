@@ -233,6 +233,10 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="a loss or gradient that is not finite: stop, or skip the step"
     )
+    on_oom: Literal["stop", "halve"] = Field(
+        default="stop",
+        description="memory ran out in a step: stop with the numbers, or go on with half the batch and twice the accumulation",
+    )
     fsdp: bool = Field(default=False, description="shard parameters over the devices")
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmpo import checkpoint, evaluate
+from mmpo import checkpoint, evaluate, memory
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
@@ -49,6 +49,7 @@ class Progress:
     seconds: float = 0.0
     skipped_steps: int = 0
     round: int = 1
+    halvings: int = 0  # of the batch, each with twice the accumulation, after memory ran out
     base_scores: list[float] = field(default_factory=list)  # the judge's scores of the base's samples, for win rates
 
 
@@ -84,15 +85,22 @@ def order(seed: int, epoch: int, size: int) -> np.ndarray:
 def batch_of(run: Run, step: int, micro: int) -> tuple[list[Pair], list[DrawKey]]:
     """The pairs of one forward pass on this device, with the keys of their draws."""
     spec, world = run.recipe.train, run.accelerator.num_processes
-    first = ((step * spec.accumulate + micro) * world + run.accelerator.process_index) * spec.batch_size
+    size, accumulate = split(run)
+    first = ((step * accumulate + micro) * world + run.accelerator.process_index) * size
     pairs, keys = [], []
-    for position in range(first, first + spec.batch_size):
+    for position in range(first, first + size):
         epoch, place = divmod(position, len(run.pairs))
         pair = run.pairs[int(_order(run.recipe.seed, epoch, len(run.pairs))[place])]
         index = epoch if spec.draws_per_pair is None else epoch % spec.draws_per_pair
         pairs.append(pair)
         keys.append(DrawKey(run.recipe.seed, pair.id, index))
     return pairs, keys
+
+
+def split(run: Run) -> tuple[int, int]:
+    """Pairs per forward pass, and forward passes per step: the recipe's, or halved and doubled after memory ran out."""
+    spec, times = run.recipe.train, 2**run.progress.halvings
+    return spec.batch_size // times, spec.accumulate * times
 
 
 _ORDERS: dict[tuple[int, int, int], np.ndarray] = {}
@@ -201,24 +209,65 @@ def _any_process(run: Run, value: int) -> int:
 
 def optimize(run: Run) -> dict[str, float]:
     """One optimizer step over `accumulate` forward passes. A step with a loss or gradient that is not finite is refused."""
-    spec, collected, remembered = run.recipe.train, [], run.objective.states
-    run.optimizer.zero_grad(set_to_none=True)
-    for micro in range(spec.accumulate):
-        result, batch, pairs = forward(run, run.progress.step, micro)
-        bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
-        if _any_process(run, len(bad)):
-            run.objective.adopt(remembered)
-            return _refused(run, f"the loss of pair {', '.join(bad[:5]) or 'of another process'} is not finite")
-        run.objective.adopt(result.states)
-        with _sync(run, last=micro == spec.accumulate - 1):
-            run.accelerator.backward(result.loss.mean() / spec.accumulate)
-        collected.append(_means(result, batch))
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), spec.clip)
+    remembered = run.objective.states
+    collected, pairs, broken = _gradients(run)
+    if broken:
+        run.objective.adopt(remembered)
+        return _refused(run, broken)
+    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.train.clip)
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
         run.objective.adopt(remembered)
         return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
     run.optimizer.step()
     return _merge(run, collected) | {"grad_norm": float(norm)}
+
+
+def _gradients(run: Run) -> tuple[list[dict[str, Tensor]], list[Pair], str]:
+    """Backward of one step: means and pairs of its passes, and what is not finite. Memory that runs out may halve the batch."""
+    remembered = run.objective.states
+    try:
+        return _passes(run)
+    except (RuntimeError, MemoryError) as error:
+        said = memory.exhausted(error)
+        if said is None:
+            raise
+        _halve(run, said, error)
+    run.objective.adopt(remembered)
+    return _gradients(run)  # outside of the handler, whose traceback keeps the failed pass's tensors alive
+
+
+def _passes(run: Run) -> tuple[list[dict[str, Tensor]], list[Pair], str]:
+    collected, seen, (_, accumulate) = [], [], split(run)
+    run.optimizer.zero_grad(set_to_none=True)
+    for micro in range(accumulate):
+        result, batch, pairs = forward(run, run.progress.step, micro)
+        bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
+        if _any_process(run, len(bad)):
+            return [], [], f"the loss of pair {', '.join(bad[:5]) or 'of another process'} is not finite"
+        run.objective.adopt(result.states)
+        with _sync(run, last=micro == accumulate - 1):
+            run.accelerator.backward(result.loss.mean() / accumulate)
+        collected.append(_means(result, batch))
+        seen += pairs
+    return collected, seen, ""
+
+
+def _halve(run: Run, said: str, error: BaseException) -> None:
+    """Half the pairs per pass and twice the passes, where the recipe asks for it and it is the same step; else RunFailed."""
+    size, accumulate = split(run)
+    halved = f"train.batch_size={size // 2} train.accumulate={2 * accumulate}"
+    by_batch = next((term.name for term in run.objective.terms if term.over_batch), None)
+    if run.recipe.train.on_oom == "halve" and size % 2 == 0 and run.accelerator.num_processes == 1 and not by_batch:
+        run.progress.halvings += 1
+        say(run, f"out of memory in step {run.progress.step + 1}: from here on {halved}, the same effective batch")
+        return
+    same = "the same step" if not by_batch else f"nearly the same step: loss {by_batch} reads statistics of the batch"
+    lower = f"lower the batch ({halved}: {same}), or " if size > 1 else ""
+    raise RunFailed(
+        f"out of memory in step {run.progress.step + 1}: {size} pairs per pass, {said} ({memory.in_use()}). To go on, "
+        f"{lower}set model.gradient_checkpointing=true, train.precision=bf16 or model.adapter=lora; train.on_oom=halve lowers "
+        "the batch by itself, on one process. Nothing that was saved is lost"
+    ) from error
 
 
 def _refused(run: Run, what: str) -> dict[str, float]:

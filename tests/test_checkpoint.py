@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmpo.checkpoint import NAME, environment, load_latest, save, write_atomic
+from tests.reliability.counters import counter
 
 GROUPS = ("policy", "optimizer")
 CALLS = ("open", "write", "fsync", "replace", "mkdir", "unlink", "rmdir", "close")
@@ -279,11 +281,12 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path:
     names = calls_of_a_save(fresh(folder, old), keep)
     assert {"open", "write", "fsync", "replace", "mkdir", "close"} <= set(names) and len(names) > 30
     torn = [lambda n: 1, lambda n: n // 2, lambda n: n - 1]
-    seen = set()
+    seen, kills, began = set(), 0, time.monotonic()
     for at, name in enumerate(names):
         ways: list[dict[str, Any]] = [{}, {"after": True}, *({"part": p} for p in torn if name == "write")]
         for way in ways:
             killed_save(fresh(folder, old), Fault(at, lambda: os._exit(9), **way), keep)
+            kills += 1
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 if old or load_latest(folder):
@@ -294,6 +297,8 @@ def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path:
                 assert holds(folder, 20)
             assert not list(folder.glob(".*")) and len(list(folder.glob("step-*"))) == (2 if old and keep == 2 else 1)
     assert seen == ({10, 20} if old else {20})
+    what = f"kills at each call of a save{'' if old else ', the first'}"
+    counter("T2", what, kills, "old or new whole", time.monotonic() - began)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -306,7 +311,8 @@ def test_a_full_disk_at_any_call_leaves_the_old_checkpoint_and_nothing_partial(t
         raise OSError(code, os.strerror(code))
 
     assert names[:2] == ["mkdir", "mkdir"]  # the first is the run's folder, which is there already: no error
-    for at in [i for i in range(1, last + 1) if names[i] in ("write", "fsync", "mkdir", "replace")]:
+    began, places = time.monotonic(), [i for i in range(1, last + 1) if names[i] in ("write", "fsync", "mkdir", "replace")]
+    for at in places:
         fresh(folder, True)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=os.strerror(code)):
             Fault(at, strike, part=lambda n: n // 2).install(patch)
@@ -314,6 +320,7 @@ def test_a_full_disk_at_any_call_leaves_the_old_checkpoint_and_nothing_partial(t
         assert holds(folder, 10) and not list(folder.glob(".*"))
         put(folder, 20, 1)
         assert holds(folder, 20)
+    counter("T2", f"{errno.errorcode[code]} at each call of a save", len(places), "the old one whole", time.monotonic() - began)
 
 
 def test_write_atomic_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

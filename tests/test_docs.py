@@ -8,6 +8,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,12 +26,24 @@ def prose(page: Path) -> str:
     return re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def test_methods_table_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
+def generator(name: str) -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec and spec.loader
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == generator.methods(), "run: python docs/methods.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_methods_table_is_up_to_date() -> None:
+    made = generator("methods").methods()
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == made, "run: python docs/methods.py"
+
+
+def test_counts_of_reliability_are_up_to_date() -> None:
+    made = generator("reliability").page()
+    assert (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8") == made, "run: python docs/reliability.py"
+    assert made.count("| T") > 40
 
 
 def test_every_loss_has_its_row_complete() -> None:

@@ -201,7 +201,8 @@ def played(code: str, limits: decoding.Limits = QUICK) -> str:
         ("x = []\nwhile True: x.append(bytearray(2**24))", "bytes of memory"),
         ("raise RecursionError('deep')", "RecursionError: deep"),
         ("raise SystemExit", "exit code 1"),
-        ("import os; os.kill(os.getppid(), 9); os._exit(0)", "ended from outside"),
+        ("import os; os.kill(os.getppid(), 9); os._exit(0)", "killed twice"),
+        ("import os; os.kill(os.getpid(), 9)", "killed twice"),
     ],
 )
 def test_a_decoder_can_only_hurt_itself(obedient: None, monkeypatch: pytest.MonkeyPatch, code: str, words: str) -> None:

@@ -117,7 +117,7 @@ def test_on_tokens_in_every_layout(name: str, text: dict[str, Scored]) -> None:
         results = {layout: settle(name, slot, on) for layout, on in text.items()}
         assert {r is None for r in results.values()} == {refused(name, slot, OF_DENOISERS, spans=True)}, slot
         found = {layout: r for layout, r in results.items() if r is not None}
-        for layout, result in found.items():
+        for result in found.values():
             torch.testing.assert_close(result.loss, found["padded"].loss, rtol=1e-4, atol=3e-4)
         learnt = {layout: gradients(result, text[layout]) for layout, result in found.items()}
         for mine in learnt.values():

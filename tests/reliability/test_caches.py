@@ -66,7 +66,7 @@ def test_damaged_entries_are_computed_again_and_counted(how: str, tmp_path: Path
     again = Cache(path)
     found = again.get_many(names)
     assert all(f is not None and torch.equal(f["x"], v["x"]) for f, v in zip(found, values, strict=True)) and again.damaged == 0
-    counter("T16", f"entries: {how}", ENTRIES, "all computed again and counted", time.monotonic() - start)
+    counter("T16", "damaged entries of a cache", ENTRIES, "all computed again and counted", time.monotonic() - start)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ def fake(seed: int, world: int, rank: int, accumulate: int = 1, size: int = PAIR
     """As much of a run as `batch_of` reads."""
     spec = Recipe.model_validate({"seed": seed, "train": {"batch_size": BATCH, "accumulate": accumulate}})
     pairs = [Pair(str(n), (text("p"),)) for n in range(size)]
-    return SimpleNamespace(recipe=spec, accelerator=SimpleNamespace(num_processes=world, process_index=rank), pairs=pairs)
+    devices = SimpleNamespace(num_processes=world, process_index=rank)
+    return SimpleNamespace(recipe=spec, accelerator=devices, pairs=pairs, progress=train.Progress())
 
 
 def ids(runs: list[Any], first: int, until: int) -> list[tuple[str, int]]:

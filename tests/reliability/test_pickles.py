@@ -333,7 +333,7 @@ def test_no_pickle_runs_and_each_is_refused(place: str, world: Path, tmp_path: P
         said = str(caught.value)
         assert 10 < len(said) < 1500 and "Traceback" not in said and "weights_only=False" not in said, said
         refused += 1
-    counter("T17", f"pickles as {place}", refused, "0 ran, all refused", time.monotonic() - start)
+    counter("T17", "pickles in the place of a file", refused, "0 ran, all refused", time.monotonic() - start)
 
 
 def test_pickles_in_a_cache_are_counted_and_never_used(tmp_path: Path) -> None:
