@@ -393,14 +393,15 @@ def results(case: Case, shape: Shape, seconds: dict[str, np.ndarray], counted: d
     for name, times in seconds.items():
         cpu, wall = np.median(times, axis=0)
         row: dict[str, Any] = {"cpu_seconds": float(cpu), "wall_seconds": float(wall)} | counted[name]
-        for rival, bar in {("trl", None), case.bars.get(name, ("trl", None))}:
+        bars: dict[str, float | None] = {"trl": None} | dict([case.bars[name]] if name in case.bars else [])
+        for rival, bar in bars.items():
             if name == rival:
                 continue
             faster = {kind: ratio(seconds[rival][:, i], times[:, i]) for i, kind in enumerate(("cpu", "wall"))}
             entry: dict[str, Any] = faster | {"operations": counted[rival]["flops"] / counted[name]["flops"]}
             if bar is not None:
                 entry |= {"bar": bar, "met": faster["cpu"]["low"] >= bar}
-            row.setdefault("faster_than", {}).setdefault(rival, {}).update(entry)
+            row.setdefault("faster_than", {})[rival] = entry
         row["saved_of_trl"] = counted[name]["saved_bytes"] / counted["trl"]["saved_bytes"]
         if name in ("online", "cached"):
             row["flops_of_model"] = counted[name]["flops"] / model_flops(case, shape, name == "cached")

@@ -23,6 +23,8 @@ SURFACE = {
     "sample": {"run", "--prompt", "--out", "--seed"},
     "eval": {"run", "--plugin"},
     "export": {"run", "--out", "--merge"},
+    "assets add": {"name", "--wheel"},
+    "assets gguf": {"file", "--out"},
     "make-base": {
         "modality",
         "--out",
@@ -149,7 +151,7 @@ def test_a_failed_run_keeps_its_code(launched: list[Any], recipe: str, monkeypat
         (["list"], "ROOM"),
         (["list", "loses"], "did you mean 'losses'"),
         (["config", "explain", "train.lrr"], "did you mean 'lr'"),
-        (["make-base", "text", "--out", "x"], "no base to make for 'text'"),
+        (["make-base", "video", "--out", "x"], "no base to make for 'video'"),
         (["sample", "runs/x", "--out", "x"], "--prompt"),
     ],
 )

@@ -49,7 +49,7 @@ def counted(ours: Adapter) -> Iterator[list[int]]:
     def count(i: int) -> None:
         seen[i] += 1
 
-    layers = layers_of(ours.model)
+    layers: Any = layers_of(ours.model)
     handles = [layer.self_attn.register_forward_hook(lambda *_, i=i: count(i)) for i, layer in enumerate(layers)]
     yield seen
     for handle in handles:
@@ -116,8 +116,9 @@ def test_other_lower_layers_have_states_of_their_own(checkpoint: Path) -> None:
     """A reference of other weights shares the file and no entry."""
     ours, pairs = adapter(checkpoint, train_layers=1), make_pairs(2)
     other = ours.load_reference(str(checkpoint))
+    lower: Any = layers_of(other)[0]
     with torch.no_grad():
-        layers_of(other)[0].mlp.up_proj.weight.mul_(1.5)  # type: ignore[union-attr]
+        lower.mlp.up_proj.weight.mul_(1.5)
     batch = draw(ours, pairs)
     ours.score(ours.model, batch)
     found = ours.score(other, batch)
