@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.killed_runs import JUDGE, killed_cold, trials
+from tests.killed_runs import JUDGE, killed_cold, outcome, start, trials
 from tests.reliability.counters import FULL, counter
 from tests.tiny_run import make_world
 
@@ -48,7 +48,8 @@ def test_killed_again_and_again(whole: dict[str, bytes]) -> None:
 
 
 @pytest.mark.skipif(not FULL, reason="tests/test_resume.py kills two cold starts; MMPO_FULL=1 kills twenty more")
-def test_cold_starts_of_the_command_line(world: Path, whole: dict[str, bytes]) -> None:
-    began, moments = time.monotonic(), random.Random(2)
-    killed_cold(world / "1", [moments.uniform(0.2, 0.9) for _ in range(COLD)], whole, *WORDS)
+def test_cold_starts_of_the_command_line(tmp_path: Path) -> None:
+    began, moments, world = time.monotonic(), random.Random(2), make_world(tmp_path)
+    assert start(world, world / "whole", *WORDS).wait() == 0
+    killed_cold(world, [moments.uniform(0.2, 0.9) for _ in range(COLD)], outcome(world / "whole"), *WORDS)
     counter("T1", "SIGKILL of the command line", COLD, "0 outcomes differ", time.monotonic() - began)
