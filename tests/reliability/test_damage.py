@@ -43,6 +43,7 @@ def seeded(folder: Path) -> Run:
     return line_run(folder, optimizer="adamw", save_every=2, keep=2)
 
 
+@pytest.mark.slow
 def test_every_damage_is_noticed_and_costs_no_bit(tmp_path: Path) -> None:
     """Of a one-layer run with checkpoints of steps 2 and 4, cut off there and taken up again after each damage."""
     began, done, half = time.monotonic(), 0, tmp_path / "half"

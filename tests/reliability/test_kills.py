@@ -20,15 +20,8 @@ COLD = 20
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("kills"))
-
-
-@pytest.fixture(scope="module")
-def whole(world: Path) -> dict[str, bytes]:
-    """The outcome of a run that nobody disturbs, after the killed ones were found to have the same."""
-    began = time.monotonic()
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    began, world = time.monotonic(), make_world(tmp_path)
 
     def half(seed: int) -> tuple[dict[str, bytes], int]:
         folder = world / str(seed)
@@ -39,12 +32,8 @@ def whole(world: Path) -> dict[str, bytes]:
 
     with ThreadPoolExecutor(2) as pool:  # two servers, for machines of two cores
         (expected, killed), (_, more) = pool.map(half, (1, 2))
+    assert expected.keys() >= {"log.jsonl", "best/policy.safetensors", "summary.json", "checkpoint/optimizer.safetensors"}
     counter("T1", "SIGKILL of a forked run", killed + more, "0 outcomes differ", time.monotonic() - began)
-    return expected
-
-
-def test_killed_again_and_again(whole: dict[str, bytes]) -> None:
-    assert whole.keys() >= {"log.jsonl", "best/policy.safetensors", "summary.json", "checkpoint/optimizer.safetensors"}
 
 
 @pytest.mark.skipif(not FULL, reason="tests/test_resume.py kills two cold starts; MMPO_FULL=1 kills twenty more")

@@ -73,7 +73,7 @@ def test_halving_takes_the_same_steps(tmp_path: Path, room: int, monkeypatch: py
     (tmp_path / "b").mkdir()
     whole, small = line_run(tmp_path / "a"), line_run(tmp_path / "b", on_oom="halve")
     modality: Any = small.modality
-    short = failing(modality.score, lambda _, batch: len(batch.chosen) > room, ERRORS[0])
+    short = failing(modality.score, lambda _, batch, *more: len(batch.chosen) > room, ERRORS[0])
     monkeypatch.setattr(modality, "score", short)
     assert torch.allclose(steps(whole, 6), steps(small, 6), rtol=0, atol=1e-6)
     mine, theirs = ([r["loss"] for r in read(r.log.path) if "loss" in r] for r in (whole, small))

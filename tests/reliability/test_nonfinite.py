@@ -65,8 +65,8 @@ def injected(run: Run, place: str, value: float, monkeypatch: pytest.MonkeyPatch
             batch.chosen[ROW, 0] = value
         return batch
 
-    def scored(model: Any, batch: Any) -> dict[str, Scores]:
-        whole = {b: dataclasses.replace(s, mask=torch.ones_like(s.mask)) for b, s in score(model, batch).items()}
+    def scored(*args: Any) -> dict[str, Scores]:
+        whole = {b: dataclasses.replace(s, mask=torch.ones_like(s.mask)) for b, s in score(*args).items()}
         return poisoned(whole) if place == "policy" and due() and torch.is_grad_enabled() else whole
 
     def scored_ref(*args: Any) -> Any:

@@ -240,7 +240,7 @@ MISTAKES = [
     ("objective: [{loss: dpo, @beta_dpo: -5}]", "objective.0.beta_dpo", POSITIVE),
     ("objective: [{loss: dpo, beta: 1, @beta_dpo: 5}]", "objective.0.beta_dpo", "the same setting"),
     ("objective: [{loss: dpo}, {loss: nll, @beta: 1}]", "objective.1.beta", "unknown key"),
-    ("objective: [{loss: dpo, @reduce: total}]", "objective.0.reduce", "'sum' or 'mean'"),
+    ("objective: [{loss: dpo, @reduce: total}]", "objective.0.reduce", "'sum', 'mean' or 'ld'"),
     ("objective: [{loss: dpo, @link: kl}]", "objective.0.link", "'reverse_kl'"),
     ("objective: [{loss: dpo, @weight: heavy}]", "objective.0.weight", NUMBER),
 ]
