@@ -71,14 +71,14 @@ def run(resolved: Resolved) -> int:
             _begin(*current)
         earlier = current[0].progress.seconds
         _rounds(*current)
-        _leave_the_others(current[0])
+        leave_group(current[0])
         if main:
             finish(*current, seconds=earlier + time.monotonic() - started)
         current[0].accelerator.end_training()
     return 0
 
 
-def _leave_the_others(run: Run) -> None:
+def leave_group(run: Run) -> None:
     """The processes part: no collective call may come after this.
 
     The DDP wrapper holds the process group, whose threads must be joined while the interpreter still lives: a group that is

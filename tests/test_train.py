@@ -159,6 +159,7 @@ def worker(folder: str, case: str) -> None:
         assert run.accelerator.num_processes == 2
         train(run, 6)
         found[loss["loss"]] = weight(run).tolist()
+    launch.leave_group(run)
     print(json.dumps({"weight": weight(run).tolist(), "skipped": run.progress.skipped_steps, "by_loss": found}))
 
 
