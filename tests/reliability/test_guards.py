@@ -23,14 +23,14 @@ GUARDS = {
     ),
     "verify before prune": (
         "mmpo/checkpoint.py", "    for _ in _verified(checkpoint):\n            pass", "    pass",
-        "tests/test_checkpoint.py",
+        "tests/test_checkpoint.py -k prunes",
     ),
     "paths stay under their root": (
         "mmpo/media.py", "if not path.is_relative_to(base):", "if False:",
         "tests/reliability/test_paths.py",
     ),
-    "no link is followed": (
-        "mmpo/media.py", "_FOLDER | os.O_NOFOLLOW", "_FOLDER",
+    "no device is opened": (
+        "mmpo/media.py", "if not stat.S_ISREG(status.st_mode):", "if False:",
         "tests/reliability/test_paths.py",
     ),
     "scores are finite": (
@@ -79,4 +79,4 @@ def test_without_the_guard_a_test_fails(name: str, tmp_path: Path) -> None:
         (copy / file).write_text(text, encoding="utf-8")
         codes.append(subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=600).returncode)
     assert codes == [0, 1]
-    counter("T23", f"guard removed: {name}", 1, "a test fails", time.monotonic() - began)
+    counter("T23", "guards taken out, one at a time", 1, "a test fails each time", time.monotonic() - began)
