@@ -7,12 +7,16 @@ Whatever is heavy is imported inside the command that needs it, so that `mmpo --
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -308,9 +312,34 @@ def exit_code(error: BaseException) -> int:
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), FAILED)
 
 
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and remembered: raised inside of an import of a library in C, it comes out as some other error."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: sys.argv) and returns its exit code. MMPO_DEBUG=1 lets exceptions through."""
     network.close()
+    with _noting_interrupts() as interrupts:
+        return _main(arguments, interrupts)
+
+
+def _main(arguments: Sequence[str] | None, interrupts: list[int]) -> int:
     try:
         return app(args=arguments, prog_name="mmpo", standalone_mode=False) or OK
     except UsageError as error:
@@ -319,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("MMPO_DEBUG") == "1":
             raise
-        code = exit_code(error)
+        code = INTERRUPTED if interrupts and not isinstance(error, Interrupted) else exit_code(error)
         named = code == FAILED and type(error).__module__ != "mmpo.errors"
         silent = code == INTERRUPTED and not isinstance(error, Interrupted)
         message = masking.in_text("interrupted" if silent else f"{type(error).__name__}: {error}" if named else str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -227,3 +228,15 @@ def test_help_is_fast() -> None:
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_an_interrupt_that_a_library_turns_into_another_error_is_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(cli, "app", broken)
+    assert cli.main([]) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
