@@ -11,6 +11,8 @@ pytest.importorskip("trl", reason="needs the extra parity")
 
 from benchmarks import token_head as bench
 
+pytestmark = pytest.mark.slow  # importing TRL alone takes seconds
+
 
 def test_contestants_agree_with_full_logits() -> None:
     equal = bench.equality(bench.inputs(40, 300))
