@@ -140,13 +140,25 @@ def sample(
 
 
 @app.command("eval")
-def evaluate(run: RunFolder, plugins: Plugins = None) -> None:
-    """Measure a run again on its held-out prompts."""
+def evaluate(
+    run: RunFolder,
+    plugins: Plugins = None,
+    data: Annotated[Path | None, typer.Option(help="other pairs: which of them does the run tell apart?")] = None,
+    format: Format = None,
+    limit: Annotated[int | None, typer.Option(help="of --data, read only the first so many pairs")] = None,
+    on_bad: Annotated[str, typer.Option(help="bad rows of --data: refuse, or skip and count")] = "refuse",
+    out: Annotated[Path | None, typer.Option(help="of --data, a JSONL file for every pair's likelihoods")] = None,
+) -> None:
+    """Measure a run again on its held-out prompts, or its implicit rewards on other pairs."""
     find.PLUGINS.update(plugins or ())
     _as_its_recipe(run)
-    from mmpo import export
+    if data is None:
+        from mmpo import export
 
-    export.evaluate(run)
+        return export.evaluate(run)
+    from mmpo import implicit
+
+    print(json.dumps(implicit.evaluate(run, data, format, limit, on_bad, out), indent=2, ensure_ascii=False))
 
 
 @app.command("export")

@@ -23,6 +23,7 @@ from mmpo.launch import build_objective, make_judge, make_modality
 from mmpo.pair import text
 from mmpo.prepare import prepare
 from mmpo.recipe import Resolved
+from mmpo.schema import Recipe
 
 
 def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
@@ -86,16 +87,21 @@ def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
     print(*sorted(out.glob("sheet.*")))
 
 
+def reference_of(spec: Recipe, modality: Any, start: references.Values) -> references.Reference | None:
+    """What the last round of a finished run was compared with; `start`: the weights it set out from."""
+    kind = spec.reference.kind
+    if kind == "none" or (spec.train.rounds == 1 and kind in ("path", "adapter_off")):  # none, or not the policy's start
+        return references.build(spec.reference, modality, modality.model)
+    return start
+
+
 def evaluate(run: Path) -> None:
     """Measure a finished run again, on its test prompts and held-out pairs; prints what summary.json holds."""
     resolved, modality, start = open_run(run)
     spec, judge = resolved.recipe, make_judge(resolved.recipe, modality, modality.device)
     data = prepare(spec, str(modality.embedded_data), judge)
     build_objective(resolved)
-    kind = spec.reference.kind
-    reference: references.Reference | None = start
-    if kind == "none" or (spec.train.rounds == 1 and kind in ("path", "adapter_off")):  # none, or not the policy's start
-        reference = references.build(spec.reference, modality, modality.model)
+    reference = reference_of(spec, modality, start)
     pairs = evaluate_pairs(modality, modality.model, reference, data.heldout, spec.seed, spec.eval.draws)
     found: dict[str, Any] = {"pairs": pairs}
     if judge:

@@ -36,6 +36,8 @@ objective: [{loss: dpo, beta_dpo: 2000}]
 train: {steps: 2, batch_size: 2, lr: 1.0e-2, save_every: 1}
 eval: {every: 2, draws: 1}
 """
+pytestmark = pytest.mark.slow  # a minute and a half together; tests/test_launch.py trains the embedded model in the fast suite
+
 FAMILIES = ["sd", "sdxl", "pixart", "sd3", "flux", "sana"]
 CAPTIONS = ["a red dog", "the blue cat", "a circle", "the square on the left", "a dog on a cat", "red and blue"]
 SGD = ("train.optimizer=sgd", "train.lr=1", "train.weight_decay=0", "train.clip=1000")  # weights move by the gradient itself

@@ -118,6 +118,7 @@ def fuzz(folder: Path, wrong: list[Wrong], twice: bool) -> None:
     SEEN["mistakes"] += len(places)
 
 
+@pytest.mark.slow
 def test_generated_recipes(tmp_path: Path) -> None:
     """Each mistake of a file has its own line with its file, line, column and field."""
     start = time.monotonic()
