@@ -22,7 +22,7 @@ SURFACE = {
     "data convert": {"path", "--to", "--out", "--from", "--root", "--ties", "--aspect", "--on-bad"},
     "data audit": {"path", "--format", "--against", "--model", "--model-pairs", "--ties", "--aspect", "--limit", "--json"},
     "sample": {"run", "--prompt", "--out", "--seed"},
-    "eval": {"run", "--plugin"},
+    "eval": {"run", "--plugin", "--data", "--format", "--limit", "--on-bad", "--out"},
     "export": {"run", "--out", "--merge"},
     "assets add": {"name", "--wheel"},
     "assets gguf": {"file", "--out"},
