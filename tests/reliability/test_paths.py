@@ -239,6 +239,7 @@ def test_a_folder_that_is_swapped_for_a_link_all_the_time_gives_nothing_away(roo
             (root / "sub").symlink_to("../outside")
             (root / "sub").unlink()
             (root / "away").rename(root / "sub")
+            stop.wait(1e-4)  # or a busy machine may find the folder away each time it looks
 
     thread = threading.Thread(target=swap)
     thread.start()
