@@ -33,7 +33,7 @@ class Budget:
     """How much of everything. The defaults are what the shipped candidates were made with."""
 
     prompts: int = 128
-    candidates: int = 4
+    candidates: int = 8
 
 
 def make(out: Path | str, *, seed: int = 0, model: str = MODEL, **budget: int) -> None:
