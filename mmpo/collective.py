@@ -19,6 +19,13 @@ def global_mean(x: Tensor) -> Tensor:
     return total[0] / total[1].clamp(min=1)
 
 
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether it is true on any rank; every rank has to call."""
+    found = torch.tensor([int(value)], device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def running_mean(x: Tensor, mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and number of all elements seen, x's on all ranks after `count` earlier ones with mean `mean`; scalars."""
     here = torch.stack([x.detach().sum(), x.new_full((), x.numel())])

@@ -111,6 +111,9 @@ def _devices() -> Iterator[Check]:
     yield Check("cpu", FINE, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch")
     for i in range(torch.cuda.device_count()):
         yield _gpu(torch.cuda, i)
+    if (count := torch.cuda.device_count()) > 1:
+        all_of_them = f"torchrun --nproc-per-node={count} -m mmpo train ..."
+        yield Check("gpus", FINE, f"{all_of_them} trains on all {count}; train.fsdp=true shards the model over them")
     if Path("/proc/driver/nvidia/version").exists() and not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for the CPU only"
         advice = "nvidia-smi" if torch.version.cuda else "pip install --force-reinstall torch torchvision torchaudio"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
 import importlib.util
 import json
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import distributed
+from torch import Tensor, distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, ches, drift, evaluate, memory, tiers
+from mmpo import checkpoint, ches, drift, evaluate, memory, sharding, tiers
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
@@ -35,12 +36,12 @@ from mmpo.objective import SLOTS, Objective, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, keep_account, prepare
 from mmpo.recipe import Resolved
-from mmpo.reference import Cached, Values, trainable
+from mmpo.reference import Cached, Values, trainable, unwrap
 from mmpo.report import write_report
 from mmpo.rounds import fresh_pairs
 from mmpo.runlog import RunLog, read
 from mmpo.schema import Recipe
-from mmpo.train import Run, evaluate_now, forward, load_best, record, resume, save, say, train
+from mmpo.train import Run, evaluate_now, forward, load_best, policy_tensors, put, record, resume, save, say, train
 
 
 def run(resolved: Resolved) -> int:
@@ -83,12 +84,34 @@ def leave_group(run: Run) -> None:
 
     The DDP wrapper holds the process group, whose threads must be joined while the interpreter still lives: a group that is
     torn down by the interpreter's exit aborts some processes, and torchrun then kills the first while it writes the report.
+    Shards hold it as well: they are given up, and the first process goes on with whole modules, loaded anew.
     """
+    policy, started = policy_tensors(run) if sharding.sharded(run.model) else None, run.start is not None
     run.model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     run.accelerator.free_memory()
+    if policy is not None:
+        vars(run).update(dict.fromkeys(("modality", "model", "optimizer", "reference", "ema", "start")))
+        gc.collect()
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+    if policy:
+        _make_whole(run, policy, started)
+
+
+def _make_whole(run: Run, policy: dict[str, Tensor], started: bool) -> None:
+    """The modules of a run as one process loads them, with the trained weights: what the comparison and the export take.
+
+    started: whether the run keeps the weights of its start beside the reference.
+    """
+    recipe = run.recipe
+    set_seed(recipe.seed)
+    run.modality = make_modality(recipe, run.folder, run.accelerator.device)
+    run.model = run.modality.model
+    run.modality.plan(run.pairs, recipe.train.batch_size, False)
+    run.reference = references.build(recipe.reference, run.modality, run.model)
+    run.start = Values(run.model) if started else None
+    put(run.model, policy)
 
 
 _SMALLER = (
@@ -136,7 +159,8 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     judge = make_judge(recipe, modality, accelerator.device)
     data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
     runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
-    planned = modality.plan(data.train, recipe.train.batch_size, runs_reference)
+    shards = accelerator.num_processes if recipe.train.fsdp else 1
+    planned = modality.plan(data.train, recipe.train.batch_size, runs_reference, shards)
     _check_pairs(objective, data.train)
     reference: Any = references.build(recipe.reference, modality, modality.model)
     if accelerator.is_main_process:
@@ -148,16 +172,20 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
         drift.claim_inputs(folder, inputs_of(recipe, modality, reference), resolved.allow_drift)
     _encode(modality, data.train + data.heldout + data.shifted)
     data = _undisplaced(recipe, data, modality)
-    ema = Values(modality.model, recipe.train.ema) if recipe.train.ema else None
     if reference is not None and recipe.reference.cache:
         file = _cache_file(recipe, folder, "reference")
         reference = Cached(reference, Cache(file), modality.model, recipe.reference.cache)
     if not trainable(modality.model):
         raise RunFailed("the model has no trainable parameter: set model.adapter: full, or lora targets that exist in it")
+    if shards > 1:
+        over, dtype = sharding.mesh(accelerator.device), torch.bfloat16 if recipe.train.precision == "bf16" else None
+        sharding.shard(modality.model, over, dtype)
+        references.shard(reference, modality.model, over, dtype)
+    ema = Values(modality.model, recipe.train.ema) if recipe.train.ema else None
     kind, own_adapter = recipe.reference.kind, modality.starts_from_adapter
     is_start = recipe.train.rounds == 1 and (kind == "start" or (kind == "adapter_off" and not own_adapter))
     start = None if is_start else Values(modality.model)
-    model, optimizer = accelerator.prepare(modality.model, make_optimizer(recipe, modality.model))
+    model, optimizer = sharding.prepared(accelerator, modality.model, make_optimizer(recipe, modality.model))
     select = evaluate.trials(data.select, recipe.eval.seeds, "select", recipe.seed)
     parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
     return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start, data.shifted), data
@@ -173,10 +201,6 @@ def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[recipe.train.precision]
-    if recipe.train.fsdp:  # checkpoints, averages and exports would hold one process's shards only
-        raise RecipeError(
-            "train.fsdp: not supported, shards cannot be saved yet; train a LoRA (model.adapter: lora) on each device"
-        )
     accelerator = Accelerator(mixed_precision=precision, log_with=list(recipe.track) or None, project_dir=str(folder))
     if recipe.track:
         accelerator.init_trackers("mmpo", {"recipe": json.dumps(masked(None, recipe.model_dump(mode="json")))})
@@ -271,6 +295,8 @@ def _begin(run: Run, data: Prepared) -> None:
     whole = sum(p.numel() for p in run.model.parameters())
     sizes = f"{len(run.pairs)} pairs to train on, {len(run.heldout)} held out; {count:,} of {whole:,} parameters train"
     say(run, f"{run.recipe.modality}: {sizes}")
+    if run.recipe.train.fsdp:
+        say(run, f"  {sharding.told(unwrap(run.model), run.accelerator.num_processes)}")
     for line in run.objective.unread(run.pairs):
         say(run, f"  note: {line}")
     betas = [term.beta for term in run.objective.terms if term.beta is not None]

@@ -43,10 +43,10 @@ class Modality(Protocol):
     def admit(self, pairs: Sequence[Pair]) -> tuple[list[Pair], Mapping[str, int]]:
         """The pairs it can score within its limits, and how many were left out or changed for their sake, by reason."""
 
-    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool) -> str:
+    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool, shards: int = 1) -> str:
         """Settle how a step of so many of these pairs is run, where there is a choice; says what it will cost, or nothing.
 
-        reference: whether a step runs the reference model.
+        reference: whether a step runs the reference model. shards: processes that will share the parameters.
         """
 
     def encode(self, pairs: Sequence[Pair]) -> list[Any]:

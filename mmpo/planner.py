@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import flop_counter
 from transformers.pytorch_utils import Conv1D
 
+from mmpo import sharding
 from mmpo.kernels.prefix import causal, evaluating, forward_hidden, forward_padded, pack, why_not
 from mmpo.kernels.token_stats import TILINGS, Tiling
 
@@ -202,8 +203,11 @@ def _tiling(free: int | None, device: str) -> Tiling:
     return tiling if free is None else replace(tiling, keep=min(tiling.keep, free // 16))
 
 
-def sizes_of(model: nn.Module) -> Sizes:
-    """The sizes of a transformers model, with adapters as may be. Bytes per token are measured on two short packed rows."""
+def sizes_of(model: nn.Module, shards: int = 1) -> Sizes:
+    """The sizes of a transformers model, with adapters as may be. Bytes per token are measured on two short packed rows.
+
+    shards: processes that share what the parameters take.
+    """
     inner = causal(model)
     config = inner.config.get_text_config()
     linear, trained = _linear(inner.get_decoder())
@@ -220,7 +224,7 @@ def sizes_of(model: nn.Module) -> Sizes:
         head_trains=head.weight.requires_grad,
         itemsize=parameter.element_size(),
         token_bytes=_token_bytes(model),
-        state_bytes=sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        state_bytes=sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) // shards,
     )
 
 
@@ -294,6 +298,22 @@ def free_bytes(device: torch.device) -> int | None:
     if limit is not None and used is not None:  # files that could be dropped count as used there
         found.append(limit - used + (_number(group / "memory.stat", r"(?m)^inactive_file (\d+)$") or 0))
     return min(found, default=None)
+
+
+def free_after(free: int | None, model: nn.Module, shards: int) -> int | None:
+    """Free bytes once each process has given up all but its share of a model that it holds whole.
+
+    What is gathered at a time counts as held throughout: the largest block, and all outside of the blocks.
+    """
+    if free is None or shards == 1:
+        return free
+    sizes = [_parameter_bytes(block) for block in sharding.blocks(model)]
+    total = _parameter_bytes(model)
+    return free + total - total // shards - max(sizes, default=0) - (total - sum(sizes))
+
+
+def _parameter_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _number(path: Path, pattern: str) -> int | None:

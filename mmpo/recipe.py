@@ -20,7 +20,7 @@ from mmpo import masking, yaml_source
 from mmpo.errors import RecipeError
 from mmpo.find import find, nearest
 from mmpo.masking import masked
-from mmpo.schema import Recipe, Section, Term, recipe_class, section_at
+from mmpo.schema import Recipe, Section, Term, not_in_shards, recipe_class, section_at
 from mmpo.yaml_source import Keys, Mark
 
 Marks = dict[Keys, Mark]
@@ -76,6 +76,7 @@ def load(
         layers.problems += [_line(layers.marks, ("modality",), p) for p in error.problems]
     try:
         recipe = schema.model_validate(layers.data)
+        layers.problems += [_line(layers.marks, tuple(key.split(".")), p) for key, p in not_in_shards(recipe)]
     except ValidationError as error:
         layers.problems += _describe(error, schema, layers.marks)
     if losses:

@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmpo import tiers
+from mmpo import collective, sharding, tiers
 from mmpo.cache import Cache, key
 from mmpo.checkpoint import digest_tensors, environment
 from mmpo.modality import GivesStates, Modality
 from mmpo.scores import NOTHING, Scores
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from mmpo.kernels.token_stats import Head
 
 
@@ -41,7 +43,8 @@ class Reference(Protocol):
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name: what checkpoints, moving averages and adapter copies hold."""
+    """The parameters that train, by name: what checkpoints, moving averages and adapter copies hold. In shards, settled."""
+    sharding.settle(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -57,7 +60,10 @@ class AdapterOff:
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        own = trainable(unwrap(model)).values()
         with unwrap(model).disable_adapter():  # type: ignore[operator]  # peft's own try/finally
+            for parameter in own if sharding.sharded(model) else ():  # shards note at their first use what has a gradient
+                parameter.requires_grad_(True)
             yield model
 
 
@@ -71,14 +77,15 @@ class Frozen:
 
     @contextmanager
     def active(self, model: nn.Module) -> Iterator[nn.Module]:
-        yield self.module
+        with sharding.settled(self.module):
+            yield self.module
 
 
 class Values:
     """Other values for the policy's trainable parameters, exchanged for the time of the context.
 
-    Pointers are exchanged, nothing is copied; the saved graph of the policy keeps its own tensors, because the values
-    are back before backward runs.
+    Pointers are exchanged, nothing is copied, but for shards; the saved graph of the policy keeps its own tensors, because the
+    values are back before backward runs.
     """
 
     def __init__(self, model: nn.Module, decay: float | None = None, every: int = 1):
@@ -95,8 +102,12 @@ class Values:
 
     def _exchange(self, model: nn.Module) -> None:
         for name, parameter in trainable(unwrap(model)).items():
-            parameter.data, self.values[name] = self.values[name], parameter.data
+            self.values[name] = sharding.exchange(parameter, self.values[name])
         torch.clear_autocast_cache()  # which knows a parameter by its name, not by its values
+
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take these values, whole ones, as the model keeps its parameters: on its device and in its shards."""
+        self.values = {name: sharding.part(tensors[name], p) for name, p in trainable(unwrap(model)).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -126,6 +137,15 @@ def build(config: Any, modality: Modality, model: nn.Module) -> Reference | None
     return AdapterOff() if has_adapter else Frozen(copy.deepcopy(model))
 
 
+def shard(reference: Reference | None, model: nn.Module, over: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """Shard what a reference keeps beside the policy, which is in shards already (`mmpo.sharding.shard`)."""
+    inner = reference.inner if isinstance(reference, Cached) else reference
+    if isinstance(inner, Frozen):
+        sharding.shard(inner.module, over, dtype)
+    elif isinstance(inner, Values):
+        inner.load(model, inner.values)
+
+
 def anew(config: Any, model: nn.Module) -> Values | None:
     """The reference of a later round: the policy as it is now, moving on where the recipe's reference moves."""
     if config.kind == "none":
@@ -143,16 +163,24 @@ def score(
     if isinstance(reference, Cached):
         return reference.score(modality, model, batch, wants)
     with reference.active(model) as module:
-        return {branch: _kept(scores) for branch, scores in modality.score(module, batch, wants).items()}
+        copied = sharding.sharded(module)
+        return {branch: _kept(scores, copied) for branch, scores in modality.score(module, batch, wants).items()}
 
 
-def _kept(scores: Scores) -> Scores:
+def _kept(scores: Scores, copied: bool) -> Scores:
     """Scores whose head stays the reference's when the policy's values are back in the very same parameters."""
-    return scores if scores.states is None else replace(scores, states=replace(scores.states, head=_own(scores.states.head)))
+    if scores.states is None:
+        return scores
+    return replace(scores, states=replace(scores.states, head=_own(scores.states.head, copied)))
 
 
-def _own(head: Head) -> Head:
-    return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+def _own(head: Head, copied: bool = False) -> Head:
+    """The head without gradient. copied: its memory is another's afterwards, as that of gathered shards is."""
+
+    def own(x: Tensor) -> Tensor:
+        return x.detach().clone() if copied else x.detach()
+
+    return replace(head, weight=own(head.weight), bias=None if head.bias is None else own(head.bias))
 
 
 class Cached:
@@ -185,13 +213,16 @@ class Cached:
         keys = [key("reference", self.tier, self.identity, _precision(batch.device), k) for k in batch.keys]
         found = dict(zip(keys, self.cache.get_many(keys), strict=True))
         missing, head = [k for k in keys if found[k] is None], None
-        if missing or kept:
+        asked = bool(missing)
+        if sharding.sharded(model):  # then all processes have to run the reference where one of them does
+            asked = collective.any_process(asked, batch.device)
+        if asked or kept:
             with self.inner.active(model) as module:
-                if missing:
+                if asked:
                     rows = dict(zip(keys, tiers.pack(modality.score(module, batch, kept), self.tier), strict=True))
                     self.cache.put_many([(k, rows[k]) for k in missing])
                     found |= {k: rows[k] for k in missing}
-                head = _own(cast(GivesStates, modality).head(module)) if kept else None
+                head = _own(cast(GivesStates, modality).head(module), sharding.sharded(module)) if kept else None
         return tiers.unpack([found[k] for k in keys], self.tier, batch.device, head)  # type: ignore[misc]
 
 

@@ -17,6 +17,7 @@ from mmpo.datasets.load import load_candidates
 from mmpo.datasets.pairing import Candidate
 from mmpo.errors import RecipeError, RunFailed
 from mmpo.prepare import Prepared, Prompt, pair_candidates
+from mmpo.sharding import sharded
 from mmpo.train import Run, load_best, save, say
 
 
@@ -29,9 +30,11 @@ def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
         run.accelerator.wait_for_everyone()  # until the best weights are written
         load_best(run)
         _start_over(run)
-        if run.accelerator.is_main_process and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_candidates(_sample(run, data.train_prompts, number), path)
+        if (run.accelerator.is_main_process or sharded(run.model)) and not path.exists():  # shards need every process
+            rows = _sample(run, data.train_prompts, number)
+            if run.accelerator.is_main_process:
+                path.parent.mkdir(exist_ok=True)
+                write_candidates(rows, path)
         run.accelerator.wait_for_everyone()
         run.progress.round = number
         save(run)

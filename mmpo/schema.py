@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -237,7 +237,10 @@ class TrainConfig(Section):
         default="stop",
         description="memory ran out in a step: stop with the numbers, or go on with half the batch and twice the accumulation",
     )
-    fsdp: bool = Field(default=False, description="shard parameters over the devices")
+    fsdp: bool = Field(
+        default=False,
+        description="shard parameters, gradients and optimizer state over the processes, which otherwise each hold them whole",
+    )
 
 
 class EvalConfig(Section):
@@ -272,6 +275,26 @@ class Recipe(Section):
     track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default=[], description="where metrics go besides the run's own files"
     )
+
+
+_NOT_IN_SHARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("train.optimizer", "adafactor".__eq__, "its moments are of whole matrices; use adamw or sgd"),
+    ("train.precision", "fp16".__eq__, "its loss scale is not kept for shards; use bf16"),
+    ("draw.mode", {"inversion", "renoise"}.__contains__, "processes would call the model different numbers of times"),
+    ("model.quantize", {"4bit", "8bit"}.__contains__, "quantized weights cannot be cut; use model.dtype: bf16"),
+    ("model.train_layers", lambda value: value is not None, "the layers below are replayed, not gathered"),
+)
+
+
+def not_in_shards(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a recipe asks for beside train.fsdp that cannot be sharded: dotted key, problem."""
+    found = []
+    for key, unable, reason in _NOT_IN_SHARDS if recipe.train.fsdp else ():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name, None)
+        if unable(value):
+            found.append((key, f"does not go with train.fsdp: {reason} (got {value})"))
+    return found
 
 
 @functools.cache

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpo import sharding
+
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors "<parameter>.<key>" and JSON: parameter names, shapes, settings, scalar state.
 
     names: every parameter's name, e.g. `{p: n for n, p in model.named_parameters()}`; ValueError for one that has none.
-    Works on any optimizer whose state is tensors and JSON scalars per parameter, wrapped by accelerate or not.
+    Works on any optimizer whose state is tensors and JSON scalars per parameter, wrapped by accelerate or not. State of
+    parameters in shards is in shards.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -38,14 +41,17 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Restore what `pack_optimizer` returned: the next step is bit-identical to the one the packed optimizer would take.
+    """Restore what `pack_optimizer` returned, of shards the whole: the next step is bit-identical to the one it would take.
 
     ValueError names the first parameter that is missing, not expected, in another group or of another shape.
     """
     _check_parameters(optimizer, names, meta)
     owned = _by_owner(tensors)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [{**owned.get(names[p], {}), **meta["scalars"].get(names[p], {})} for p in parameters]
+    state: list[dict[str, Any]] = [
+        {k: sharding.part(v, p) for k, v in owned.get(names[p], {}).items()} | meta["scalars"].get(names[p], {})
+        for p in parameters
+    ]
     groups = optimizer.state_dict()["param_groups"]
     for i, (group, packed) in enumerate(zip(groups, meta["groups"], strict=True)):
         settings = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in packed["settings"].items()}

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmpo import checkpoint, evaluate, memory
+from mmpo import checkpoint, evaluate, memory, sharding
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
@@ -214,7 +214,8 @@ def optimize(run: Run) -> dict[str, float]:
     if broken:
         run.objective.adopt(remembered)
         return _refused(run, broken)
-    norm = run.accelerator.clip_grad_norm_(run.model.parameters(), run.recipe.train.clip)
+    norm = run.accelerator.clip_grad_norm_(trainable(unwrap(run.model)).values(), run.recipe.train.clip)
+    norm = sharding.whole(norm)
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
         run.objective.adopt(remembered)
         return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
@@ -265,8 +266,8 @@ def _halve(run: Run, said: str, error: BaseException) -> None:
     lower = f"lower the batch ({halved}: {same}), or " if size > 1 else ""
     raise RunFailed(
         f"out of memory in step {run.progress.step + 1}: {size} pairs per pass, {said} ({memory.in_use()}). To go on, "
-        f"{lower}set model.gradient_checkpointing=true, train.precision=bf16 or model.adapter=lora; train.on_oom=halve lowers "
-        "the batch by itself, on one process. Nothing that was saved is lost"
+        f"{lower}set model.gradient_checkpointing=true, train.precision=bf16, model.adapter=lora, or on several processes "
+        "train.fsdp=true; train.on_oom=halve lowers the batch by itself, on one process. Nothing that was saved is lost"
     ) from error
 
 
@@ -283,8 +284,11 @@ def _refused(run: Run, what: str) -> dict[str, float]:
 
 
 def _sync(run: Run, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients travel between devices once per optimizer step, with its last forward pass."""
-    return contextlib.nullcontext() if last else run.accelerator.no_sync(run.model)
+    """Gradients travel between devices once per optimizer step, with its last forward pass; those of shards with each pass,
+
+    as a process that kept them for later would have to keep them whole.
+    """
+    return contextlib.nullcontext() if last or sharding.sharded(run.model) else run.accelerator.no_sync(run.model)
 
 
 def _nan_where_broken(loss: Tensor, policy: Any, ref: Any) -> Tensor:
@@ -353,8 +357,9 @@ def evaluate_now(run: Run) -> None:
             state.base_metric = metric
         elif metric > state.best_metric or metric == -math.inf:  # nothing to measure by: the last weights are kept
             state.best_step, state.best_metric = state.step, metric
+            best = policy_tensors(run)
             if run.accelerator.is_main_process:
-                checkpoint.write_best(run.folder, policy_tensors(run.model))
+                checkpoint.write_best(run.folder, best)
     say(run, _line(found))
     for flag in diagnose(read(run.log.path)) if run.accelerator.is_main_process else ():
         say(run, f"  ! {flag.name}: {flag.text}. Try: {flag.advice}.")
@@ -401,28 +406,30 @@ def _line(record: dict[str, Any]) -> str:
     return f"  step {record['step']:>5}  " + "  ".join(f"{label} {record[k]:.3f}" for k, label in names.items() if k in record)
 
 
-def policy_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in trainable(unwrap(model)).items()}
+def policy_tensors(run: Run) -> dict[str, Tensor]:
+    """The trained weights, whole, for the first process, which writes; every process has to call."""
+    return sharding.collect(trainable(unwrap(run.model)), keep=run.accelerator.is_main_process)
 
 
 def load_best(run: Run) -> None:
     """Put the best weights so far into the model; nothing happens when there was no evaluation but the base's yet."""
     if run.progress.best_step:
-        _put(run.model, checkpoint.read_best(run.folder))
+        put(run.model, checkpoint.read_best(run.folder))
 
 
 @torch.no_grad()
-def _put(model: nn.Module, values: dict[str, Tensor]) -> None:
+def put(model: nn.Module, values: dict[str, Tensor]) -> None:
     for name, parameter in trainable(unwrap(model)).items():
-        parameter.copy_(values[name])
+        parameter.copy_(sharding.part(values[name], parameter))
 
 
 def save(run: Run) -> None:
     """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
     names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
     optimizer, groups = pack_optimizer(run.optimizer, names)
-    tensors = {"policy": policy_tensors(run.model), "optimizer": optimizer, "rng": rng_state()}
-    tensors |= {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
+    kept = {"optimizer": optimizer} | {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
+    tensors = {n: sharding.collect(values, keep=run.accelerator.is_main_process) for n, values in kept.items()}
+    tensors |= {"policy": policy_tensors(run), "rng": rng_state()}
     if run.objective.states:
         tensors["objective"] = run.objective.states
     meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
@@ -444,7 +451,7 @@ def resume(run: Run) -> bool:
     if found is None:
         return False
     run.progress = Progress(**found.meta["progress"])
-    _put(run.model, found.tensors["policy"])
+    put(run.model, found.tensors["policy"])
     run.objective.adopt(found.tensors.get("objective", {}))
     if run.progress.round > 1:  # its values follow; never the first round's, whose scores may be cached
         run.reference = references.anew(run.recipe.reference, run.model)
@@ -452,7 +459,7 @@ def resume(run: Run) -> bool:
     unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
     for name, values in (("ema", run.ema), ("reference", _moving(run))):
         if values is not None:
-            values.values = {k: v.to(run.accelerator.device) for k, v in found.tensors[name].items()}
+            values.load(run.model, found.tensors[name])
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(found.meta["scaler"])
     restore_rng(found.tensors["rng"])

@@ -145,7 +145,7 @@ class Adapter:
         """All of them: a picture is cut to its size."""
         return list(pairs), {}
 
-    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool) -> str:
+    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool, shards: int = 1) -> str:
         """Nothing to choose: all of a batch's pictures have one size."""
         return ""
 

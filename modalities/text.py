@@ -169,7 +169,7 @@ class Adapter:
                 self.turns.counts[f"pairs left out: {error.reason}"] += 1
         return kept, Counter(self.turns.counts)
 
-    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool) -> str:
+    def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool, shards: int = 1) -> str:
         """Choose layout, tile of the head and checkpointing (`mmpo.planner`): by average batches, memory by the longest."""
         if not hasattr(causal(self.model).config.get_text_config(), "num_attention_heads"):
             return ""  # the cost model knows attention only
@@ -178,8 +178,9 @@ class Adapter:
             ((next(iter(r)).prompt_length, [len(text_rows.read(row)) for row in r]) for r in rows), key=text_rows.total
         )
         spread = [lengths[(2 * i + 1) * len(lengths) // (2 * batch_size)] for i in range(batch_size)]
-        given: dict[str, Any] = {"reference": reference, "free": planner.free_bytes(self.device), "device": self.device.type}
-        sizes, asked = planner.sizes_of(self.model), self.config.gradient_checkpointing
+        given: dict[str, Any] = {"reference": reference, "device": self.device.type}
+        sizes, asked = planner.sizes_of(self.model, shards), self.config.gradient_checkpointing
+        given["free"] = planner.free_after(planner.free_bytes(self.device), self.model, shards)
         longest = max(map(text_rows.total, lengths))
         given["unable"] = why_not(self.model, longest) if self._possible(longest) == "padded" else None
         self.layout = planner.choose(sizes, spread, layout=self.config.layout, **given).layout

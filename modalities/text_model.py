@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmpo import sharding
 from mmpo.errors import MissingExtra
 from mmpo.kernels.prefix import causal, forward_padded, pack
 from mmpo.kernels.token_stats import Head
@@ -71,11 +72,16 @@ def context_of(model: nn.Module) -> int | None:
 
 
 def head_of(model: nn.Module) -> Head:
-    """What turns final hidden states into logits, of a model that may be wrapped by peft or DistributedDataParallel."""
+    """What turns final hidden states into logits, of a model that may be wrapped by peft or DistributedDataParallel.
+
+    Of a model in shards it has a gradient after the forward pass, which leaves it gathered for the backward pass.
+    """
     inner = causal(model)
     layer, config = inner.get_output_embeddings(), inner.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(layer.weight, getattr(layer, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+    bias = getattr(layer, "bias", None)
+    weight, bias = sharding.whole(layer.weight), None if bias is None else sharding.whole(bias)
+    return Head(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpo.kernels.prefix import causal
+from mmpo.sharding import sharded
 
 
 @torch.no_grad()
@@ -30,8 +31,9 @@ def generate(
     uniform = torch.stack([torch.rand(spec.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
     written: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
-    with _inference(causal(model)) as inner:
-        keeps = "past_key_values" in inspect.signature(inner.forward).parameters
+    own = causal(model)
+    keeps = "past_key_values" in inspect.signature(own.forward).parameters
+    with _inference(model if sharded(model) else own) as inner:  # a model in shards gathers what its outermost call needs
         steps: Any = (_Cached if keeps else _Recomputed)(inner, prompts, device)
         for number in range(spec.max_new_tokens):
             tokens = choose(steps.logits(), uniform[alive, number].to(device), spec.temperature, spec.top_p).tolist()

@@ -131,6 +131,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     found = by_name(examine())
     assert found["gpu 0"].found == "Board, 1.0 GiB free of 4.0 GiB; no bf16, use train.precision: fp16"
     assert (found["gpu 1"].state, found["gpu 1"].found) == (BROKEN, "CUDA error: unknown")
+    assert "torchrun --nproc-per-node=2 -m mmpo train" in found["gpus"].found
 
 
 def test_a_token_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mmpo import checkpoint, launch
 from mmpo import train as loop
 from mmpo.cache import Cache
-from mmpo.errors import RecipeError, RunFailed
+from mmpo.errors import RunFailed
 from mmpo.interruption import Interrupted
 from mmpo.reference import Cached, Values, anew, unwrap
 from mmpo.reference import build as build_reference
@@ -242,12 +242,6 @@ def test_torchrun_with_two_processes_equals_one_of_twice_the_batch(tmp_path: Pat
     said_after = start("two", 1, "--allow-drift", "train.batch_size")
     assert "not bit-identical to a run without a break: processes 2, now 1" in said_after
     assert max(float((v - one[n]).abs().max()) for n, v in trained("two").items()) < 1e-5
-
-
-def test_fsdp_is_refused(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"train": {"fsdp": True}})
-    with pytest.raises(RecipeError, match="train.fsdp"):
-        launch.make_accelerator(recipe, tmp_path)
 
 
 # ---- stopping and going on
