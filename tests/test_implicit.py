@@ -29,7 +29,12 @@ SHORT = (
     "data.limit=400",
 )
 SHARED = Path(os.environ.get("MMPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data")) / "text"
-SETS = ("llmbar_natural.json", "pandalm_first500.json", "hh_rlhf_harmless_test.jsonl.gz", "alpaca_eval_vicuna-13b.json")
+SETS = {
+    "llmbar_natural.json": "llmbar",
+    "pandalm_first500.json": "pandalm",
+    "hh_rlhf_harmless_test.jsonl.gz": "hh_rlhf",
+    "alpaca_eval_vicuna-13b.json": "alpaca_eval",
+}
 SMOLLM2 = packaged.folder() / "smollm2"
 Likelihood = Callable[[Pair, str], float]
 
@@ -106,17 +111,17 @@ def test_rows_without_an_order_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SMOLLM2 / "asset.json").is_file(), reason=f"no {SMOLLM2}: mmpo assets add smollm2")
-@pytest.mark.skipif(not (SHARED / SETS[0]).is_file(), reason=f"no real text at {SHARED} (or MMPO_TEST_DATA)")
+@pytest.mark.skipif(not (SHARED / "llmbar_natural.json").is_file(), reason=f"no real text at {SHARED} (or MMPO_TEST_DATA)")
 def test_smollm2_on_real_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("train.steps=2", "train.lr=1e-3", "train.save_every=2", "eval.every=2", "eval.prompts=1", "eval.test_prompts=1")
     assert cli.main(["train", "text_smollm2", *small, "eval.pairs=2", f"out={tmp_path / 'run'}"]) == 0
     likelihoods = exported(SMOLLM2, tmp_path / "run" / "export", "<|im_end|>")
-    for name in SETS:
-        data, limit = SHARED / name, int(os.environ.get("MMPO_TEST_PAIRS", "6"))
-        words = ["--data", str(data), "--limit", str(limit), "--on-bad", "skip", "--out", str(tmp_path / "rows.jsonl")]
+    limit = int(os.environ.get("MMPO_TEST_PAIRS", "4"))
+    for name, format in SETS.items():
+        words = ["--data", str(SHARED / name), "--format", format, "--limit", str(limit), "--on-bad", "skip"]
         capsys.readouterr()
-        assert cli.main(["eval", str(tmp_path / "run"), *words]) == 0
+        assert cli.main(["eval", str(tmp_path / "run"), *words, "--out", str(tmp_path / "rows.jsonl")]) == 0
         found = json.loads(capsys.readouterr().out)
-        agree(tmp_path, found, likelihoods, load(data, limit=limit, on_bad="skip")[0])
+        agree(tmp_path, found, likelihoods, load(SHARED / name, format=format, limit=limit, on_bad="skip")[0])
         with capsys.disabled():
             print(name, json.dumps(found))
