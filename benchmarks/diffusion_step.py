@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.rounds import measure, ratio
+from benchmarks.rounds import machine, measure, ratio
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache
@@ -49,9 +48,10 @@ from mmpo.launch import build_objective, make_modality, make_optimizer
 from mmpo.modalities.diffusion import EMBEDDED, Adapter
 from mmpo.modalities.quiet import quietly
 from mmpo.pair import Pair, image, text
+from mmpo.progress import Run
 from mmpo.reference import Cached, trainable
 from mmpo.runlog import RunLog
-from mmpo.train import Run, advance, batch_of, forward
+from mmpo.train import advance, batch_of, forward
 
 PAIRS = 64
 # mmpo multiplies the margin of mean squared errors by beta_dpo / 2. The script's 2500 would lift fp32's own rounding of
@@ -268,16 +268,6 @@ def expected_sd15() -> dict[str, float]:
     return {"latents": script / (6 * SD15["denoiser"]), "reference": script / (4 * SD15["denoiser"])}
 
 
-def machine() -> dict[str, Any]:
-    versions = {m.__name__: m.__version__ for m in (torch, diffusers, peft, accelerate)}
-    return {
-        "python": platform.python_version(),
-        "versions": versions,
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def report(record: dict[str, Any]) -> str:
     head = f"{'':10} {'CPU ms':>8} {'wall ms':>8} {'MFLOP':>8}  VAE text denoiser"
     lines = [head + "   faster than the script (95 %): CPU, wall, by operations"]
@@ -317,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": given.rounds,
         "batch_size": given.batch_size,
         "load_before": load,
-        "machine": machine(),
+        "machine": machine(torch, diffusers, peft, accelerate),
     }
     print(report(record))
     if given.out:

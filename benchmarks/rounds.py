@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 
 class Contestant(Protocol):
@@ -36,3 +39,9 @@ def ratio(slow: np.ndarray, fast: np.ndarray, draws: int = 10_000) -> dict[str, 
     spread = np.median(slow[rows], axis=1) / np.median(fast[rows], axis=1)
     low, high = np.quantile(spread, [0.025, 0.975])
     return {"value": float(np.median(slow) / np.median(fast)), "low": float(low), "high": float(high)}
+
+
+def machine(*modules: Any) -> dict[str, Any]:
+    """What a measurement was made on and with: these modules, by version."""
+    state = {"python": platform.python_version(), "versions": {m.__name__: m.__version__ for m in modules}}
+    return state | {"processors": os.cpu_count(), "threads": torch.get_num_threads()}

@@ -6,6 +6,7 @@ block without a role.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,15 +31,16 @@ class Dialect:
     speaker: str = "role"
     words: str = "content"
     roles: Mapping[str, Role] = field(default_factory=lambda: OPENAI)
+    pictures: bool = False  # content may be a list with {"type": "image"} where a picture stands; it becomes a blank
 
     def blocks(self, value: Any, name: str) -> Blocks:
         """The messages of a list, or of a single one. Raises BadField for an unknown role, calls of tools and media."""
         messages = [value] if isinstance(value, dict) else value
         if not isinstance(messages, (list, tuple)) or not messages:
             raise BadField(name, "a list of messages", shown(value), f"missing {name}" if value is None else f"bad {name}")
-        return tuple(self._block(message, f"{name}[{i}]") for i, message in enumerate(messages))
+        return tuple(block for i, message in enumerate(messages) for block in self._said(message, f"{name}[{i}]"))
 
-    def _block(self, message: Any, name: str) -> Block:
+    def _said(self, message: Any, name: str) -> Blocks:
         expected = f"a message with {self.speaker} and {self.words}"
         if not isinstance(message, dict) or self.speaker not in message:
             raise BadField(name, expected, shown(message), f"bad {name.partition('[')[0]}")
@@ -47,7 +49,8 @@ class Dialect:
             raise BadField(f"{name}.{self.speaker}", " or ".join(self.roles), shown(message[self.speaker]), "unknown role")
         if more := {k for k, v in message.items() if k not in (self.speaker, self.words) and v not in (None, "", [])}:
             raise BadField(name, expected, f"also {', '.join(sorted(more))}", "message with more than text")
-        return text(_content(message.get(self.words), f"{name}.{self.words}"), role)
+        parts = _parts(message.get(self.words), f"{name}.{self.words}", self.pictures)
+        return tuple(Block("image", b"", role=role) if part is None else text(part, role) for part in parts)
 
     def messages(self, blocks: Iterable[Block]) -> list[dict[str, str]]:
         """The blocks as messages; all of them need a role."""
@@ -55,14 +58,23 @@ class Dialect:
         return [{self.speaker: named[b.role], self.words: str(b.data)} for b in blocks if b.role]
 
 
-def _content(value: Any, name: str) -> str:
-    """A message's text, given as such or as blocks of text."""
+def _parts(value: Any, name: str, pictures: bool) -> list[str | None]:
+    """What a message says, given as text or as a list of parts: text, and None where a picture stands."""
     if not isinstance(value, (list, tuple)):
-        return checked_text(value, name)
+        return [checked_text(value, name)]
+    found: list[str | None] = []
     for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise BadField(name, "blocks of text", shown(part), "message with more than text")
-    return "".join(checked_text(part.get("text"), name) for part in value)
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image" and pictures and part.get("image") is None:
+            found.append(None)
+        elif kind != "text":
+            expected = "parts of text, and {'type': 'image'} for what is in images" if pictures else "parts of text"
+            raise BadField(name, expected, shown(part), "message with more than text")
+        elif found and found[-1] is not None:
+            found[-1] += checked_text(part.get("text"), name)
+        else:
+            found.append(checked_text(part.get("text"), name))
+    return found or [""]
 
 
 def answer(value: Any, name: str, role: Role | None = None) -> Blocks:
@@ -70,7 +82,7 @@ def answer(value: Any, name: str, role: Role | None = None) -> Blocks:
     if value is None:
         raise BadField(name, "text", "nothing", f"missing {name}")
     if not checked_text(value, name).strip():
-        raise Skip("empty answer")
+        raise Skip("empty answer", name)
     return (text(value, role),)
 
 
@@ -87,21 +99,27 @@ def shared_prompt(chosen: Blocks, rejected: Blocks, names: str = "chosen, reject
 
 
 def text_pair(prompt: Blocks, chosen: Blocks, rejected: Blocks, **rest: Any) -> Pair:
-    """A Pair of text with a content-derived id. Identical sides, a blank prompt and a blank answer are no pairs.
+    """A Pair of text, or of text and pictures, with a content-derived id. Identical sides, a blank prompt and a blank answer
+    are no pairs.
 
     Where the data name roles, an answer starts with an assistant's turn, and its last turn is the assistant's, too.
     """
-    if not any(str(b.data).strip() for b in prompt):
+    if not any(map(says, prompt)):
         raise BadField("prompt", "text that is not empty", "nothing", "missing prompt")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         for turn in side[:1] + side[-1:]:
             if turn.role not in (None, "assistant"):
                 raise BadField(name, "an answer by the assistant", f"a turn of {turn.role}", "answer by somebody else")
-        if side and not str(side[-1].data).strip():
-            raise Skip("empty answer")
+        if side and not says(side[-1]):
+            raise Skip("empty answer", name)
     if digest(*chosen) == digest(*rejected):
-        raise Skip("identical sides")
+        raise Skip("identical sides", "chosen, rejected")
     return Pair(pair_id(prompt, chosen, rejected), prompt, chosen, rejected, group=digest(*prompt), **rest)
+
+
+def says(block: Block) -> bool:
+    """Whether there is anything in a block: a medium, or text that is not blank."""
+    return block.kind != "text" or bool(str(block.data).strip())
 
 
 def unpaired(prompt: Blocks, completion: Blocks, liked: bool, **rest: Any) -> Pair:
@@ -109,9 +127,9 @@ def unpaired(prompt: Blocks, completion: Blocks, liked: bool, **rest: Any) -> Pa
     return text_pair(prompt, completion if liked else (), () if liked else completion, **rest)
 
 
-def refuse_media(row: Row) -> None:
+def refuse_media(row: Row, names: Iterable[str] = MEDIA) -> None:
     """Raises BadField for a row that shows pictures, video or sound: leaving them out would change what it asks."""
-    for name in MEDIA:
+    for name in names:
         if row.get(name):
             raise BadField(name, "text only", shown(row[name]), "row with media")
 
@@ -123,6 +141,12 @@ def note_others(row: Row, known: Iterable[str], ledger: Ledger) -> None:
             ledger.notes[f"column {name!r} left out"] += 1
 
 
+def described(row: Row, names: Iterable[str]) -> dict[str, str]:
+    """Columns that say where a row came from, as text; whatever is no text there as JSON."""
+    found = {name: row[name] for name in names if row.get(name) is not None}
+    return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in found.items()}
+
+
 def extras(row: Row, ties: str) -> dict[str, Any]:
     """What the columns in EXTRAS say of a pair, as arguments of Pair. Raises Skip for a tie that is to be dropped."""
     found: dict[str, Any] = {"label": number_field(row, "chosen_probability", 1.0, least=0.0)}
@@ -132,10 +156,18 @@ def extras(row: Row, ties: str) -> dict[str, Any]:
         raise Skip("tie")
     found |= {"weight": number_field(row, "weight", 1.0, least=0.0), "margin": number_field(row, "margin", 0.0)}
     scores = {s: number_field(row, f"score_{s}") for s in ("chosen", "rejected") if row.get(f"score_{s}") is not None}
-    meta = row.get("meta")
+    meta = _unpacked(row, "meta")
     if meta is not None and not isinstance(meta, dict):
         raise BadField("meta", "an object", shown(meta))
-    return found | {"scores": scores, "spans": _spans(row.get("spans")), "meta": meta or {}}
+    return found | {"scores": scores, "spans": _spans(_unpacked(row, "spans")), "meta": meta or {}}
+
+
+def _unpacked(row: Row, name: str) -> Any:
+    """A value that may be JSON in text, as in tables whose columns have one type."""
+    try:
+        return json.loads(row[name]) if isinstance(row.get(name), str) else row.get(name)
+    except ValueError as error:
+        raise BadField(name, "an object", shown(row[name])) from error
 
 
 def _spans(value: Any) -> dict[str, tuple[Span, ...]]:

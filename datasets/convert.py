@@ -1,4 +1,4 @@
-"""Rewrites a dataset in another format, its pictures inside the file, with an account of every row."""
+"""Rewrites a dataset in another format, its pictures inside the file or beside it, with an account of every row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def convert(
     aspect: str | None = None,
     on_bad: Policy = "refuse",
 ) -> tuple[int, Ledger]:
-    """Write the rows of `path` to the file `out` in the format `to`; returns the number of rows written and the ledger.
+    """Write the rows of `path` to `out` in the format `to`; returns the number of rows written and the ledger.
+
+    `out` is a file, and pictures that the format does not have inside are in the folder media/ beside it; for the format
+    mmpo it is a folder.
 
     Pairs go to any format of pairs; scored candidates as well, the best against the worst of each prompt. The other way
     there is none: a format of candidates takes candidates only. format, root, ties, aspect, on_bad: see `load.load`.

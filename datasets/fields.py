@@ -122,14 +122,20 @@ def image_block(value: Any, name: str, root: Path) -> Block:
     try:
         media.open_image(block)
     except DataError as error:
-        raise BadField(name, "a whole still image", str(error), "undecodable image") from error
+        raise undecodable(name, error) from error
     return block
+
+
+def undecodable(name: str, error: DataError) -> BadField:
+    """What is to be said of an image that media.open_image refused."""
+    reason = "animated image" if isinstance(error, media.Animated) else "undecodable image"
+    return BadField(name, "a whole still image", str(error), reason)
 
 
 def image_pair(caption: str, chosen: Block, rejected: Block, ledger: Ledger, **rest: Any) -> Pair:
     """A Pair with a content-derived id; identical sides are skipped, sides of different size are noted."""
     if chosen.digest == rejected.digest:
-        raise Skip("identical sides")
+        raise Skip("identical sides", "chosen, rejected")
     if media.size(chosen) != media.size(rejected):
         ledger.notes["sides of different size (kept)"] += 1
     prompt = (text(caption),)

@@ -34,7 +34,11 @@ class BadField(Exception):
 
 
 class Skip(Exception):
-    """The row is valid, and left out by design; the message is the reason."""
+    """The row is valid, and left out by design; the message is the reason. name: the field that is at fault, if one is."""
+
+    def __init__(self, reason: str, name: str | None = None) -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Ledger:
     JSON object with its location, reason, problem and content in `quarantined`.
     notes: what happened inside used rows (e.g. "tied pair dropped"); they are no rows and not part of the sum.
     problems: one line per bad row, `file:row N field 'x': expected ..., found ...`, the first 1,000 of them.
+    remarks: the same for fields of other rows with which something is odd, and why: rows that are skipped for them, and used
+    ones.
     """
 
     on_bad: Policy = "refuse"
@@ -54,7 +60,10 @@ class Ledger:
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
+
+    _here: str = field(default="", repr=False)  # the row that is being read
 
     def __post_init__(self) -> None:
         if self.on_bad not in get_args(Policy):
@@ -65,9 +74,20 @@ class Ledger:
         """Rows read: used + skipped + refused."""
         return self.used + self.skipped.total() + self.refused.total()
 
-    def skip(self, where: str, reason: str) -> None:
+    def skip(self, where: str, reason: str, name: str | None = None) -> None:
         self.skipped[reason] += 1
         self._example(where, reason)
+        if name is not None:
+            self._remark(where, name, f"{reason} (skipped)")
+
+    def remark(self, name: str, reason: str) -> None:
+        """Count something odd about a field of the row that is being read, which is used all the same."""
+        self.notes[reason] += 1
+        self._remark(self._here, name, reason)
+
+    def _remark(self, where: str, name: str, reason: str) -> None:
+        if len(self.remarks) < MAX_PROBLEMS:
+            self.remarks.append(f"{where} field '{name}': {reason}")
 
     def refuse(self, where: str, problem: BadField, row: Row | None = None) -> None:
         """Count a bad row. Raises DataError when on_bad is "refuse"."""
@@ -127,20 +147,25 @@ def kept(value: Any) -> Any:
     return written if len(written) <= MAX_KEPT else f"{written[:MAX_KEPT]}... ({len(written)} characters)"
 
 
-def import_rows(rows: Iterable[tuple[str, Row | BadField]], parse: Callable[[Row], list[T]], ledger: Ledger) -> Iterator[T]:
+def import_rows(
+    rows: Iterable[tuple[str, Row | BadField]], parse: Callable[[Row], list[T]], ledger: Ledger, own_ids: bool = True
+) -> Iterator[T]:
     """Run `parse` over every (location, row) and account for it; a reader passes a row it could not read as a BadField.
 
-    parse: returns what the row yields, or raises Skip or BadField. A row whose own `id` a used row has already is bad.
+    parse: returns what the row yields, or raises Skip or BadField. A row whose own `id` a used row has already is bad, unless
+    own_ids is false, because the format's ids name something else.
     """
     places: dict[str, str] = {}
     for where, row in rows:
+        ledger._here = where
         try:
             if isinstance(row, BadField):
                 raise row
             items = parse(row)
-            _claim_id(row, where, places)
+            if own_ids:
+                _claim_id(row, where, places)
         except Skip as reason:
-            ledger.skip(where, str(reason))
+            ledger.skip(where, str(reason), reason.name)
         except BadField as problem:
             ledger.refuse(where, problem, None if isinstance(row, BadField) else row)
         else:

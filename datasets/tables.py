@@ -295,18 +295,32 @@ def _record(taken: list[Any], more: Iterator[str | None], separator: str) -> lis
     return cells
 
 
-def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row]) -> int:
-    """Write rows as one parquet file, replaced as a whole, BATCH rows a group (each group has a header); returns how many."""
+def write_parquet(path: Path, schema: pa.Schema, rows: Iterable[Row], durable: bool = False) -> int:
+    """Write rows as one parquet file, replaced as a whole, BATCH rows a group (each group has a header); returns how many.
+
+    durable: have it on the disk before it takes the place of another.
+    """
     partial, count, iterator = path.with_name(path.name + ".partial"), 0, iter(rows)
     try:
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             while group := list(itertools.islice(iterator, BATCH)):
                 writer.write_table(pa.Table.from_pylist(group, schema))
                 count += len(group)
+        if durable:
+            sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # still there only when something was raised
     return count
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_json(path: Path, rows: Iterable[Row]) -> int:

@@ -31,13 +31,13 @@ class Report:
         return self.ledger.refused.total() + bool(self.fatal)
 
     def lines(self) -> list[str]:
-        """The report: one line per bad row, then the summary."""
+        """The report: one line per bad row, one per field of other rows that is odd, then the summary."""
         hidden = self.ledger.refused.total() - len(self.ledger.problems)
         problems = self.ledger.problems + ([f"... and {hidden} more bad rows"] if hidden else [])
         fatal = [f"unreadable: {self.fatal}"] if self.fatal else []
         items = "candidates" if self.format == "candidates" else "pairs"
         summary = f"{self.path}: format {self.format or 'unknown'}, {self.pairs} {items} of {self.prompts} prompts"
-        return [*problems, *fatal, summary, *str(self.ledger).splitlines()]
+        return [*problems, *self.ledger.remarks, *fatal, summary, *str(self.ledger).splitlines()]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

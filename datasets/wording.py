@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from mmpo.datasets.ledger import Ledger
 from mmpo.errors import DataError
-from mmpo.pair import Pair, text
+from mmpo.pair import Pair, Role
 
+T = TypeVar("T")
 ALL = ("unpaired", "weight", "margin", "label", "spans", "scores")  # what the columns of `extra_cells` can say
 
 
@@ -22,7 +23,7 @@ class Unsayable(DataError):
 
 
 def written(
-    pairs: Iterable[Pair], row: Callable[[Pair, Ledger | None], dict[str, Any]], ledger: Ledger | None
+    pairs: Iterable[T], row: Callable[[T, Ledger | None], dict[str, Any]], ledger: Ledger | None
 ) -> Iterator[dict[str, Any]]:
     """The pairs as rows. One that the format cannot hold stops the writing, or is counted where bad rows are skipped."""
     for pair in pairs:
@@ -35,15 +36,23 @@ def written(
 
 
 def check_sayable(
-    pair: Pair, format: str, ledger: Ledger | None, can: Iterable[str] = ALL, meta: Iterable[str] | None = None
+    pair: Pair,
+    format: str,
+    ledger: Ledger | None,
+    can: Iterable[str] = ALL,
+    meta: Iterable[str] | None = None,
+    pictures: Literal["none", "prompt", "all"] = "none",
 ) -> None:
     """Refuse a pair of which the format cannot say what matters in training; count what merely describes it.
 
-    can: what of "unpaired", "weight", "margin", "label", "spans" and "scores" the format can say. meta: which keys of
-    `Pair.meta`, None for all. Raises DataError for what is refused, and for blocks that are not text.
+    can: what of "unpaired", "weight", "margin", "label", "spans", "scores" and "branches" the format can say. meta: which
+    keys of `Pair.meta`, None for all. pictures: where it holds some. Raises DataError for what is refused, and for other media.
     """
-    if any(b.kind != "text" for b in (*pair.prompt, *pair.chosen, *pair.rejected)):
+    answers = {b.kind for b in (*pair.chosen, *pair.rejected)}
+    if pictures == "none" and ({b.kind for b in pair.prompt} | answers) - {"text"}:
         raise Unsayable(pair.id, f"{format} is written from text, and this pair holds {_kinds(pair)}")
+    if pictures == "prompt" and "image" in answers:
+        raise Unsayable(pair.id, f"{format} has pictures in the prompt only; mmpo holds all pairs")
     if not pair.chosen and not pair.rejected:
         raise Unsayable(pair.id, "no answer on either side")
     told = {
@@ -51,7 +60,7 @@ def check_sayable(
         "label": pair.label != 1, "spans": bool(pair.spans), "branches": bool(pair.branches),
     }  # fmt: skip
     if missing := sorted(name for name, says in told.items() if says and name not in can):
-        raise Unsayable(pair.id, f"{format} cannot say {' and '.join(missing)} of a pair; trl can say most")
+        raise Unsayable(pair.id, f"{format} cannot say {' and '.join(missing)} of a pair; trl can say most, mmpo all")
     left = ["scores"] if pair.scores and "scores" not in can else []
     left += [] if meta is None else [f"meta {key!r}" for key in pair.meta.keys() - set(meta)]
     for name in left:
@@ -75,13 +84,13 @@ def with_roles(pair: Pair, ledger: Ledger | None) -> Pair:
     if has_roles(pair):
         return pair
     _count(ledger, "text without roles written as a user's turn and the assistant's answer")
-    prompt, chosen, rejected = single_texts(pair, "a conversation", ledger)
-    return dataclasses.replace(
-        pair,
-        prompt=(text(prompt, "user"),),
-        chosen=() if chosen is None else (text(chosen, "assistant"),),
-        rejected=() if rejected is None else (text(rejected, "assistant"),),
-    )
+    if all(b.kind == "text" for b in (*pair.prompt, *pair.chosen, *pair.rejected)):
+        single_texts(pair, "a conversation", ledger)
+    roles: dict[str, Role] = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    said: dict[str, Any] = {
+        side: tuple(dataclasses.replace(b, role=role) for b in getattr(pair, side)) for side, role in roles.items()
+    }
+    return dataclasses.replace(pair, **said)
 
 
 def check_boundary(pair: Pair, format: str) -> None:

@@ -90,14 +90,14 @@ def data_validate(path: DataPath, format: Format = None, root: Root = None) -> i
 def data_convert(
     path: DataPath,
     to: Annotated[str, typer.Option(help="format to write, e.g. trl, swift or pick_a_pic")],
-    out: Annotated[Path, typer.Option(help="file to write: .parquet for images, .jsonl or .json for text")],
+    out: Annotated[Path, typer.Option(help="file to write: .parquet, .jsonl or .json, by the format; for mmpo a folder")],
     source: Annotated[str | None, typer.Option("--from", help="format to read; default: recognised from the columns")] = None,
     root: Root = None,
     ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
     aspect: Annotated[str | None, typer.Option(help="of scores by aspect, the one that counts")] = None,
     on_bad: Annotated[str, typer.Option(help="bad rows: refuse, skip and count, or quarantine beside out")] = "refuse",
 ) -> None:
-    """Write a dataset as one file of another format, its pictures inside, and account for every row."""
+    """Write a dataset in another format, its pictures inside the file or beside it, and account for every row."""
     from mmpo.datasets.convert import convert
 
     options: dict[str, Any] = {"format": source, "root": root, "ties": ties, "aspect": aspect, "on_bad": on_bad}
@@ -123,6 +123,47 @@ def data_audit(
     options: dict[str, Any] = {"format": format, "ties": ties, "aspect": aspect, "limit": limit}
     found = audit(path, against=against, model=model, model_pairs=model_pairs, **options)
     print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+
+
+@app.command()
+def pairs(
+    builder: Annotated[str, typer.Argument(metavar="NAME", help="a builder; `mmpo list datasets.builders` names them")],
+    data: Annotated[Path, typer.Option(help="source: any dataset that mmpo reads")],
+    out: Annotated[Path, typer.Option(help="folder to write; the same command goes on with one that was interrupted")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="options of the builder")] = None,
+    format: Format = None,
+    root: Root = None,
+    generator: Annotated[str | None, typer.Option(help="directory of the model that answers")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of the generator, e.g. dtype=bfloat16")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="directory of a model, a judge's name, or generator")] = None,
+    image_embedder: Annotated[str | None, typer.Option(metavar="NAME[=PATH]", help="of mmpo list datasets.embedders")] = None,
+    text_embedder: Annotated[str | None, typer.Option(metavar="NAME[=PATH]", help="of mmpo list datasets.embedders")] = None,
+    device: Annotated[str, typer.Option(help="where models run")] = "cpu",
+    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
+    limit: Annotated[int | None, typer.Option(help="read only the first so many records")] = None,
+    on_bad: Annotated[str, typer.Option(help="bad rows: skip and count, refuse, or quarantine in out")] = "skip",
+    executor: Annotated[str, typer.Option(help="local, or ray for a cluster or several processes")] = "local",
+    workers: Annotated[int, typer.Option(help="of ray")] = 2,
+    preview: Annotated[Path | None, typer.Option(help="a page to write, with 24 of the pairs")] = None,
+    plugins: Plugins = None,
+) -> None:
+    """Make preference pairs by a builder: options are key=value, e.g. mmpo pairs collage kinds={grid: 1} --data FILE."""
+    from mmpo.datasets.build import Order, build, lines
+    from mmpo.datasets.builder_options import ToolChoice
+
+    find.PLUGINS.update(plugins or ())
+    tools = ToolChoice(
+        generator, judge, image_embedder, text_embedder, device, plugins=tuple(plugins or ()), settings=tuple(settings or ())
+    )
+    given: dict[str, Any] = {"format": format, "root": root, "on_bad": on_bad, "limit": limit, "executor": executor}
+    story = build(Order(builder, data, out, tuple(options or ()), tools=tools, seed=seed, workers=workers, **given))
+    print("\n".join([*lines(story), f"{out}: {story['pairs']} pairs of format mmpo"]))
+    if preview is not None:
+        from mmpo.datasets.preview import write_preview
+
+        print(f"{preview}: {write_preview(out, preview)} of them to look at")
 
 
 @app.command()
@@ -176,24 +217,25 @@ def export_run(
 
 @app.command("make-base")
 def make_base(
-    modality: Annotated[str, typer.Argument(help="diffusion, text or smollm2")],
+    modality: Annotated[str, typer.Argument(help="diffusion, text, vlm or smollm2")],
     out: Annotated[Path, typer.Option(help="folder for the model and its candidates")],
     steps: Annotated[int | None, typer.Option(help="optimizer steps of the model; of diffusion's on clean pictures")] = None,
     scraped_steps: Annotated[int | None, typer.Option(help="diffusion: and then on pictures with specks")] = None,
     vae_steps: Annotated[int | None, typer.Option(help="diffusion: optimizer steps of the autoencoder")] = None,
     pictures: Annotated[int | None, typer.Option(help="diffusion: pictures the denoiser learns from")] = None,
     prompts: Annotated[int | None, typer.Option(help="prompts that it samples candidates for")] = None,
+    select: Annotated[str | None, typer.Option(help="vlm: pairs by attention, as MIA-DPO, or as many at random")] = None,
     candidates: Annotated[int | None, typer.Option(help="candidates of each of them")] = None,
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
 ) -> None:
-    """Make a shipped base again: diffusion and text are trained from scratch, smollm2's answers are sampled and judged."""
-    makers = {"diffusion": "make_shapes", "text": "make_sums", "smollm2": "make_sentiment"}
+    """Make a shipped base again: all but smollm2 are trained from scratch, and their answers are sampled and judged."""
+    makers = {"diffusion": "make_shapes", "text": "make_sums", "vlm": "make_collages", "smollm2": "make_sentiment"}
     if modality not in makers:
         raise RecipeError(f"no base to make for '{modality}' (there are: {', '.join(makers)}){find.nearest(modality, makers)}")
     from importlib import import_module
 
-    budget = {"steps": steps, "scraped_steps": scraped_steps, "vae_steps": vae_steps}
-    budget |= {"pictures": pictures, "prompts": prompts, "candidates": candidates}
+    budget: dict[str, int | str | None] = {"steps": steps, "scraped_steps": scraped_steps, "vae_steps": vae_steps}
+    budget |= {"pictures": pictures, "prompts": prompts, "select": select, "candidates": candidates}
     given = {name: value for name, value in budget.items() if value is not None}
     maker = import_module(f"mmpo.datasets.worlds.{makers[modality]}")
     if unknown := sorted(given.keys() - maker.Budget.__dataclass_fields__.keys()):

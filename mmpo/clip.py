@@ -37,8 +37,10 @@ class Clip:
         return (self.texts(captions) * self.images(pictures)).sum(-1)
 
 
-def load_clip(path: str | Path | None, architecture: str, device: str, judge: str, download: str | None = None) -> Clip:
-    """An open_clip model in fp32.
+def load_clip(
+    path: str | Path | None, architecture: str, device: str, judge: str, download: str | None = None, kind: str = "judge"
+) -> Clip:
+    """An open_clip model in fp32. judge, kind: whose it is, for messages.
 
     path: see WEIGHTS; a file needs `architecture`, an open_clip model name, a directory says its own. download: open_clip's
     tag of published weights, used only when path is None. Checkpoints are read without pickle's code execution
@@ -51,34 +53,32 @@ def load_clip(path: str | Path | None, architecture: str, device: str, judge: st
     if path is None and download:
         name, options = architecture, {"pretrained": download}
     else:
-        name, options = _local(existing(path, judge, WEIGHTS), architecture, judge)
+        name, options = _local(existing(path, judge, WEIGHTS, kind=kind), architecture, f"{kind} {judge}")
     with loading(path or name, WEIGHTS):
         model = open_clip.create_model(name, **options, weights_only=True, require_pretrained=True, device="cpu")
     prepare = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, prepare, open_clip.get_tokenizer(name), device)
 
 
-def _local(path: Path, architecture: str, judge: str) -> tuple[str, dict[str, Any]]:
+def _local(path: Path, architecture: str, whose: str) -> tuple[str, dict[str, Any]]:
     """open_clip's model name and options for weights on disk."""
     import open_clip
 
     if path.is_dir():
         if not (path / "open_clip_config.json").is_file():
-            raise ValueError(f"judge {judge}: {path} has no open_clip_config.json; expected {WEIGHTS}")
+            raise ValueError(f"{whose}: {path} has no open_clip_config.json; expected {WEIGHTS}")
         with loading(path / "open_clip_config.json", "an open_clip configuration"):
             own = json.loads((path / "open_clip_config.json").read_bytes())["model_cfg"]
-        _check_local(own, str(path), judge)
+        _check_local(own, str(path), whose)
         return f"local-dir:{path}", {}
     config = open_clip.get_model_config(architecture)
     if config is None:
-        raise ValueError(f"judge {judge}: open_clip has no architecture {architecture!r}; see open_clip.list_models()")
-    _check_local(config, architecture, judge)
+        raise ValueError(f"{whose}: open_clip has no architecture {architecture!r}; see open_clip.list_models()")
+    _check_local(config, architecture, whose)
     return architecture, {"pretrained": str(path)}
 
 
-def _check_local(config: dict[str, Any], name: str, judge: str) -> None:
+def _check_local(config: dict[str, Any], name: str, whose: str) -> None:
     """Refuse parts that another library would fetch, and with them the code they may bring."""
     if remote := {"hf_model_name", "hf_tokenizer_name"} & {k for k, v in config.get("text_cfg", {}).items() if v}:
-        raise ValueError(
-            f"judge {judge}: {name} takes its {remote.pop()} from a hub; give an architecture that is all open_clip's"
-        )
+        raise ValueError(f"{whose}: {name} takes its {remote.pop()} from a hub; give an architecture that is all open_clip's")

@@ -39,6 +39,7 @@ class Samples:
     """Generations of one model for the trials, flat in trial order, and the judge's view of them (n,).
 
     nats: by name, (n,), what `measures.against_reference` says of them under the aligned model; empty where nothing does.
+    rates: by name, (n,), 1 where it is true and NaN where it could not be: the judge's own, and `blind_correct`.
     """
 
     blocks: list[Block]
@@ -46,6 +47,7 @@ class Samples:
     correct: np.ndarray | None
     diversity: float
     nats: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rates: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def unjudged(cls, blocks: list[Block]) -> Samples:
@@ -61,6 +63,7 @@ class Samples:
             out["length"] = float(np.mean(lengths))
         if "kl" in self.nats:
             out["kl"] = float(self.nats["kl"].mean())
+        out |= {name: float(np.nanmean(values)) for name, values in self.rates.items()}
         return out if self.correct is None else out | {"correct": float(self.correct.mean())}
 
 
@@ -77,10 +80,33 @@ def _seed(seed: int, purpose: str, prompt: tuple[Block, ...], k: int) -> int:
 def sample(modality: Modality, model: nn.Module, judge: Judge, trials: Sequence[Trial]) -> Samples:
     """Generate and judge. Base and aligned model get the same seeds, so they are compared sample by sample."""
     prompts = [t.prompt for t in trials for _ in t.seeds]
-    blocks = modality.sample(model, prompts, [s for t in trials for s in t.seeds])
+    seeds = [s for t in trials for s in t.seeds]
+    blocks = modality.sample(model, prompts, seeds)
     verdict = judge(prompts, [(b,) for b in blocks])
     correct = None if verdict.correct is None else verdict.correct.double().numpy()
-    return Samples(blocks, verdict.scores.double().numpy(), correct, _diversity(blocks, trials))
+    rates = {name: values.double().numpy() for name, values in verdict.rates.items()}
+    rates |= _blind(modality, model, judge, prompts, seeds)
+    return Samples(blocks, verdict.scores.double().numpy(), correct, _diversity(blocks, trials), rates=rates)
+
+
+def _blind(
+    modality: Modality, model: nn.Module, judge: Judge, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """How many answers are right all the same when the prompt's images are hidden, under the same seeds.
+
+    Nothing where the modality hides none (it has no `blinded`), no prompt has an image, or the judge does not know the truth.
+    """
+    hide = getattr(modality, "blinded", lambda prompt: None)
+    hidden = [(i, blinded) for i, prompt in enumerate(prompts) if (blinded := hide(prompt)) is not None]
+    if not hidden:
+        return {}
+    blocks = modality.sample(model, [blinded for _, blinded in hidden], [seeds[i] for i, _ in hidden])
+    correct = judge([prompts[i] for i, _ in hidden], [(b,) for b in blocks]).correct
+    if correct is None:
+        return {}
+    found = np.full(len(prompts), np.nan)
+    found[[i for i, _ in hidden]] = correct.double().numpy()
+    return {"blind_correct": found}
 
 
 def with_nats(

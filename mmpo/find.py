@@ -15,7 +15,16 @@ from typing import Any
 
 from mmpo.errors import RecipeError
 
-ROOMS = ("losses", "judges", "diagnostics", "modalities", "datasets", "datasets.formats")
+ROOMS = (
+    "losses",
+    "judges",
+    "diagnostics",
+    "modalities",
+    "datasets",
+    "datasets.formats",
+    "datasets.builders",
+    "datasets.embedders",
+)
 PLUGINS: set[str] = set()
 
 

@@ -21,12 +21,14 @@ Blocks = tuple[Block, ...]
 class JudgeResult:
     """scores: (N,) float64 on the CPU, higher is better. correct: (N,) bool, only from judges that know the truth.
 
-    parts: (N,) float64 each, what the score is made of, by name.
+    parts: (N,) float64 each, what the score is made of, by name. rates: (N,) bool each, what else is true of the answers,
+    by name; their means are logged and reported beside the score.
     """
 
     scores: Tensor
     correct: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    rates: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Judge(Protocol):
@@ -88,14 +90,14 @@ def batches(
         yield prompts[start : start + size], answers[start : start + size]
 
 
-def existing(path: str | Path | None, judge: str, expected: str, setting: str = "path") -> Path:
+def existing(path: str | Path | None, judge: str, expected: str, setting: str = "path", kind: str = "judge") -> Path:
     """The local weights of a judge. Raises ValueError that says what belongs there when they are not given or missing.
 
-    setting: the judge's argument that names them; those of `path` can be downloaded as well.
+    setting: the judge's argument that names them; those of `path` can be downloaded as well. kind: what is no judge.
     """
     if path is None:
         advice = ", or allow_download=true" if setting == "path" else ""
-        raise ValueError(f"judge {judge}: no weights; set {setting} to {expected}{advice}")
+        raise ValueError(f"{kind} {judge}: no weights; set {setting} to {expected}{advice}")
     if not Path(path).exists():
-        raise ValueError(f"judge {judge}: {path} does not exist; expected {expected}")
+        raise ValueError(f"{kind} {judge}: {path} does not exist; expected {expected}")
     return Path(path)

@@ -25,23 +25,24 @@ from mmpo import checkpoint, ches, drift, evaluate, memory, sharding, tiers
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
-from mmpo.diagnosis import diagnose
 from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
-from mmpo.evaluate import Samples
 from mmpo.find import find
+from mmpo.finish import finish
 from mmpo.judging import Judge
 from mmpo.lock import RunLock
 from mmpo.masking import masked
 from mmpo.objective import SLOTS, Objective, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, keep_account, prepare
+from mmpo.progress import Run, record, say
 from mmpo.recipe import Resolved
 from mmpo.reference import Cached, Values, trainable, unwrap
 from mmpo.report import write_report
 from mmpo.rounds import fresh_pairs
-from mmpo.runlog import RunLog, read
+from mmpo.runlog import RunLog
+from mmpo.saving import policy_tensors, put, resume, save
 from mmpo.schema import Recipe
-from mmpo.train import Run, evaluate_now, forward, load_best, policy_tensors, put, record, resume, save, say, train
+from mmpo.train import evaluate_now, forward, train
 
 
 def run(resolved: Resolved) -> int:
@@ -65,7 +66,7 @@ def run(resolved: Resolved) -> int:
         objective = build_objective(resolved)
         adapter = find("modalities", recipe.modality)
         tiers.check(recipe.reference.cache, objective, adapter.PROVIDES)
-        objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
+        objective.check(adapter.PROVIDES, branches_of(adapter, objective), recipe.reference.kind != "none")
         set_seed(recipe.seed)  # python, numpy and torch
         current = build(resolved, folder, objective)
         if not resume(current[0]):
@@ -156,6 +157,7 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     recipe = resolved.recipe
     accelerator = make_accelerator(recipe, folder)
     modality = make_modality(recipe, folder, accelerator.device)
+    modality.branches = branches_of(modality, objective)
     judge = make_judge(recipe, modality, accelerator.device)
     data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
     runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
@@ -189,6 +191,12 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     select = evaluate.trials(data.select, recipe.eval.seeds, "select", recipe.seed)
     parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
     return Run(*parts, data.train, data.heldout, judge, select, RunLog(folder / "log.jsonl"), ema, start, data.shifted), data
+
+
+def branches_of(modality: Any, objective: Objective) -> tuple[str, ...]:
+    """The modality's own branches and, where it takes them, those named response@condition that the objective reads besides."""
+    further = [b for b in objective.branches if "@" in b and b not in modality.branches] if modality.takes_further else []
+    return (*modality.branches, *further)
 
 
 def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
@@ -266,6 +274,8 @@ def _check_pairs(objective: Objective, pairs: list[Pair]) -> None:
     for pair in pairs:
         for term in objective.terms:
             unmarked = [b for b in term.of if b not in pair.spans and pair.branch(b)]
+            if lacking := [b for b in term.of if "@" in b and not pair.branch(b)]:
+                raise RecipeError(f"row {pair.id} has no branch {lacking[0]}, which {term.name} reads (objective: of:)")
             if term.weights == "spans" and unmarked:
                 raise RecipeError(
                     f"row {pair.id} has no spans of its {unmarked[0]} side, by which {term.name} weighs units "
@@ -358,95 +368,3 @@ def _rounds(run: Run, data: Prepared) -> None:
         if number > 1:
             fresh_pairs(run, data, number)
         train(run, until=run.recipe.train.steps * number)
-
-
-# ---- end
-
-
-def finish(run: Run, data: Prepared, seconds: float) -> None:
-    """Put the best weights in, compare with the base on the test prompts, and write samples, summary, export, report."""
-    from mmpo.export import write as write_export  # which opens runs by this module
-
-    # Both models run without autocast from here on, as they will after their export.
-    run.model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    load_best(run)
-    test = evaluate.trials(data.test or data.select, run.recipe.eval.test_seeds, "test", run.recipe.seed)
-    spec = run.recipe.eval
-    found = (
-        evaluate.evaluate_pairs(run.modality, run.model, first_reference(run), run.heldout, run.recipe.seed, spec.draws)
-        if run.heldout
-        else {}
-    )
-    summary: dict[str, Any] = {
-        "modality": run.recipe.modality,
-        "judge": run.recipe.judge.name or (run.modality.embedded_judge if run.judge else None),
-        "heldout_pair_accuracy": found.get("accuracy"),
-        "by_timestep": found.get("by_time", []),
-        "pairs": {"train": len(run.pairs), "heldout": len(run.heldout)},
-        "steps": run.progress.step,
-        "best_step": run.progress.best_step,
-        "seed": run.recipe.seed,
-        "data": data.account,
-        "command": f"mmpo train {run.folder / 'recipe.yaml'}",
-        "skipped_steps": run.progress.skipped_steps,
-        "parameters": {"trainable": sum(p.numel() for p in trainable(run.model).values())},
-    }
-    if run.judge and test:
-        with base_weights(run) as module:
-            base = evaluate.sample(run.modality, module, run.judge, test)
-        aligned = evaluate.sample(run.modality, run.model, run.judge, test)
-        reference = first_reference(run)
-        base = evaluate.with_nats(run.modality, run.model, reference, test, base, own=False)
-        aligned = evaluate.with_nats(run.modality, run.model, reference, test, aligned)
-        summary["prompts"] = [" ".join(str(b.data) for b in t.prompt) for t in test for _ in t.seeds]
-        summary |= {"base": base.summary(), "aligned": aligned.summary()}
-        summary["win_rate"] = evaluate.win_rate(aligned.scores, base.scores, run.recipe.eval.test_seeds)
-        write_samples(run, test, base, aligned)
-    summary["flags"] = [f.as_dict() for f in diagnose(read(run.log.path))]
-    summary["verdict"] = verdict(summary)
-    summary["seconds"] = round(seconds, 1)
-    record(run, {"event": "end", "step": run.progress.step, "best_step": run.progress.best_step})
-    write_export(run.modality, run.model, run.folder / "export")
-    checkpoint.write_atomic(run.folder / "summary.json", (json.dumps(masked(None, summary), indent=2) + "\n").encode())
-    page = write_report(run.folder)
-    made = {"report": page, "export": run.folder / "export", "summary": run.folder / "summary.json"}
-    print("\n".join(["", summary["verdict"], *(f"  {name:<8} {path}" for name, path in made.items())]))
-
-
-def first_reference(run: Run) -> Any:
-    """The reference as it was at the start: a moving average, or a later round's, has followed the policy since."""
-    moved = run.recipe.reference.kind == "ema" or run.recipe.train.rounds > 1
-    return run.start if moved and run.reference is not None else run.reference
-
-
-def base_weights(run: Run) -> Any:
-    """The model as it was before the run, for the comparison."""
-    keeper = run.start or run.reference
-    assert keeper is not None
-    return keeper.active(run.model)
-
-
-def write_samples(run: Run, test: list[evaluate.Trial], base: Samples, aligned: Samples) -> None:
-    """samples/: one file per generation, and a contact sheet of base above aligned on the same prompts and seeds."""
-    prompts = [t.prompt for t in test for _ in t.seeds]
-    run.modality.write_samples(run.folder / "samples", prompts, base, aligned)
-
-
-def verdict(summary: dict[str, Any]) -> str:
-    """One plain sentence about what the run did."""
-    accuracy = summary["heldout_pair_accuracy"]
-    told = f"held-out pairs told apart {accuracy:.2f}" if accuracy is not None else "no held-out pairs"
-    if "win_rate" not in summary:
-        return f"No judge was given, so samples were not compared; {told} at step {summary['best_step']}."
-    win, base, aligned = summary["win_rate"], summary["base"], summary["aligned"]
-    interval = f"{win['value']:.2f} (95 % interval {win['low']:.2f} to {win['high']:.2f}, n = {win['n']})"
-    if win["low"] > 0.5:
-        start = "Aligned beats base"
-    elif win["high"] < 0.5:
-        start = "Aligned is worse than base"
-    else:
-        start = "No clear difference between aligned and base"
-    exact = f", correct {base['correct']:.2f} to {aligned['correct']:.2f}" if "correct" in base else ""
-    scores = f"score {base['score']:.3f} to {aligned['score']:.3f}{exact}"
-    best = f"best step {summary['best_step']} of {summary['steps']}"
-    return f"{start}: win rate {interval} on held-out prompts; {scores}; {told}; {best}."

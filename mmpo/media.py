@@ -69,6 +69,10 @@ class ForbiddenPath(DataError):
         self.reason = reason
 
 
+class Animated(DataError):
+    """Several images where one still image is expected."""
+
+
 def resolve(root: Path | str, name: str) -> Path:
     """The file that a dataset's row calls `name`, with every link followed, which must lie under `root`.
 
@@ -166,7 +170,7 @@ def open_image(source: Block | bytes | Pixels) -> Image.Image:
     try:
         return _decode(data)
     except DataError as error:
-        raise DataError(f"{origin}: {error}") from None
+        raise type(error)(f"{origin}: {error}") from None
     except UnidentifiedImageError:  # whose own message is an address in memory
         raise DataError(f"{origin}: cannot be decoded as {', '.join(FORMATS)} (starts with {data[:12]!r})") from None
     except Exception as error:  # on damaged bytes a decoder may raise anything: struct.error, SyntaxError, zlib.error, ...
@@ -185,6 +189,14 @@ def size(image: Block) -> tuple[int, int]:
         return data.shape[1], data.shape[0]
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # type: ignore[arg-type]
         return picture.size
+
+
+def mode(image: Block) -> str:
+    """Pillow's name for how the colours are stored ("RGB", "CMYK", ...), from the header alone, as for `size`."""
+    if isinstance(image.data, np.ndarray):
+        return "RGB"
+    with Image.open(io.BytesIO(image.data), formats=FORMATS) as picture:  # type: ignore[arg-type]
+        return picture.mode
 
 
 def encode(array: Pixels, format: str = "PNG", **options: int) -> bytes:
@@ -209,7 +221,7 @@ def _decode(data: bytes) -> Image.Image:
             raise DataError(f"{width}x{height} pixels, expected at most {MAX_PIXELS}")
         # MPO is a phone's JPEG with its preview behind it: the first is the photo. Frames are not counted: that takes minutes.
         if getattr(picture, "is_animated", False) and picture.format != "MPO":
-            raise DataError("animated; expected one still image")
+            raise Animated("animated; expected one still image")
         if picture.mode[0] in "IF":
             raise DataError(f"mode {picture.mode}; expected 8 bits a channel")
         picture.load()

@@ -32,6 +32,7 @@ class Modality(Protocol):
 
     PROVIDES: frozenset[str]  # extras of Scores it can compute, beyond logp
     branches: tuple[str, ...]  # the branches it scores in one call
+    takes_further: bool  # whether those may be more than chosen and rejected: branches that the data bring, e.g. chosen@crop
     model: nn.Module
     device: torch.device
     embedded_data: Path  # candidates of the modality's own small world, its judge, and whether this is it

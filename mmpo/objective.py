@@ -180,6 +180,10 @@ class Objective:
                     f"objective: loss {term.name} reads branch {sorted(unknown)[0]!r}; this modality has {', '.join(branches)}"
                 )
 
+    def _label(self, term: Term) -> str:
+        """The term's name; with its branches where another term has the same loss (Re-Align)."""
+        return term.name if [t.name for t in self.terms].count(term.name) == 1 else f"{term.name}/{'/'.join(term.of)}"
+
     def __call__(self, policy: Mapping[str, Scores], reference: Mapping[str, Scores] | None, rows: Rows) -> Result:
         total, metrics = torch.zeros_like(rows.weight), {}
         states: dict[str, Tensor] = {}
@@ -197,7 +201,7 @@ class Objective:
             states |= {f"{i}.{term.name}.{key}": value for key, value in losses.state.items()}
             total = total + term.weight * losses.loss
             if len(self.terms) > 1:
-                metrics[f"loss/{term.name}"] = losses.loss.detach()
+                metrics[f"loss/{self._label(term)}"] = losses.loss.detach()
             _report(metrics, losses, sides)
         return Result(total, metrics, states)
 

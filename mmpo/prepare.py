@@ -60,14 +60,14 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     if not train:
         found = f"{len(pairs)} pairs, data.heldout {spec.heldout}; dropped: {dropped or 'none'}"
         raise DataError(f"{path}: no pairs to train on ({found})\n{ledger}")
-    kept_out = {Pair("", prompt).caption: prompt for prompt in asked if is_heldout(prompt, spec.heldout)}
+    kept_out = {_question(prompt): prompt for prompt in asked if is_heldout(prompt, spec.heldout)}
     prompts = sorted(kept_out.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
     account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs), "heldout": len(heldout)}
     return Prepared(
         train,
         heldout[: recipe.eval.pairs],
-        list({p.caption: p.prompt for p in train}.values()),
+        list({_question(p.prompt): p.prompt for p in train}.values()),
         [p for _, p in prompts[:middle]],
         [p for _, p in prompts[middle : middle + recipe.eval.test_prompts]],
         account,
@@ -75,6 +75,11 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
         ledger,
         _shifted(recipe, judge),
     )
+
+
+def _question(prompt: Prompt) -> str:
+    """What two prompts have in common that ask the same: their text and, by digest, their media."""
+    return "\0".join([Pair("", prompt).caption, *(b.digest for b in prompt if b.kind != "text")])
 
 
 def _located(path: str | None, embedded: str) -> str:

@@ -160,6 +160,8 @@ def score_rows(summary: Record) -> list[dict[str, Any]]:
         "correct": "exactly right",
         "length": "length, characters",
         "kl": "KL from the reference, nats per answer",
+        "wrong_image": "right for another image of the prompt",
+        "blind_correct": "exactly right with the images hidden",
     }
     rows = []
     for key in dict.fromkeys((*base, *aligned)):
@@ -283,13 +285,22 @@ def first_of_each(names: Sequence[Any], captions: Mapping[Any, str]) -> list[Any
 def answer_pairs(samples: Path) -> tuple[list[dict[str, Any]], int]:
     """Base and aligned answers to the same prompts, ANSWERS of them in the order of `first_of_each`, and how many there are.
 
-    Reads base.jsonl and aligned.jsonl, a line each: prompt, text, and where they are known score, correct, log_ratio.
+    Reads base.jsonl and aligned.jsonl, a line each: prompt, text, and where they are known score, correct, log_ratio, and
+    pictures, the files of the prompt's images under pictures/.
     """
     base, aligned = (read_log(samples / f"{side}.jsonl")[0] for side in ("base", "aligned"))
     both = [(b, a) for b, a in zip(base, aligned, strict=False) if b.get("prompt") == a.get("prompt")]
     rows = [{"prompt": str(b.get("prompt", "")), "base": _told(b), "aligned": _told(a)} for b, a in both]
-    order = first_of_each(range(len(rows)), {i: str(row["prompt"]) for i, row in enumerate(rows)})
-    return [rows[i] for i in order[:ANSWERS]], len(rows)
+    asked = {i: f"{row['prompt']}\0{both[i][0].get('pictures')}" for i, row in enumerate(rows)}
+    order = first_of_each(range(len(rows)), asked)
+    shown = order[:ANSWERS]
+    return [rows[i] | {"pictures": _shown(samples / "pictures", both[i][0].get("pictures"))} for i in shown], len(rows)
+
+
+def _shown(folder: Path, names: Any) -> list[str]:
+    """The pictures of those names that are in the folder itself."""
+    own = [name for name in names if Path(str(name)).name == name] if isinstance(names, list) else []
+    return [data_uri(folder / name) for name in own if (folder / name).is_file()]
 
 
 def _told(line: Record) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from mmpo.datasets.load import load_candidates
 from mmpo.datasets.pairing import Candidate
 from mmpo.errors import RecipeError, RunFailed
 from mmpo.prepare import Prepared, Prompt, pair_candidates
+from mmpo.progress import Run, say
+from mmpo.saving import load_best, save
 from mmpo.sharding import sharded
-from mmpo.train import Run, load_best, save, say
 
 
 def fresh_pairs(run: Run, data: Prepared, number: int) -> None:

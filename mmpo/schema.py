@@ -283,6 +283,7 @@ _NOT_IN_SHARDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("draw.mode", {"inversion", "renoise"}.__contains__, "processes would call the model different numbers of times"),
     ("model.quantize", {"4bit", "8bit"}.__contains__, "quantized weights cannot be cut; use model.dtype: bf16"),
     ("model.train_layers", lambda value: value is not None, "the layers below are replayed, not gathered"),
+    ("model.train", lambda value: value is not None, "images are encoded outside of the model's call, which gathers shards"),
 )
 
 

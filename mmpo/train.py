@@ -13,12 +13,10 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,54 +24,14 @@ from mmpo import checkpoint, evaluate, memory, sharding
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
-from mmpo.evaluate import Trial
 from mmpo.interruption import Interrupted, requests
-from mmpo.judging import Judge
-from mmpo.modality import DrawKey, Modality
-from mmpo.objective import Objective, Result, rows_of
+from mmpo.modality import DrawKey
+from mmpo.objective import Result, rows_of
 from mmpo.pair import Pair
-from mmpo.reference import Cached, Reference, Values, trainable, unwrap
-from mmpo.runlog import RunLog, read
-from mmpo.schema import Recipe
-from mmpo.state import pack_optimizer, restore_rng, rng_state, unpack_optimizer
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers beside tensors. best_*: the evaluation with the best selection metric so far."""
-
-    step: int = 0
-    best_step: int = 0
-    best_metric: float = -math.inf
-    base_metric: float = -math.inf
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    round: int = 1
-    halvings: int = 0  # of the batch, each with twice the accumulation, after memory ran out
-    base_scores: list[float] = field(default_factory=list)  # the judge's scores of the base's samples, for win rates
-
-
-@dataclass
-class Run:
-    """Everything a run holds. `train` is the loop over it; `mmpo.launch` builds it from a recipe."""
-
-    recipe: Recipe
-    folder: Any
-    accelerator: Accelerator
-    modality: Modality
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    reference: Reference | Cached | None
-    objective: Objective
-    pairs: list[Pair]
-    heldout: list[Pair]
-    judge: Judge | None
-    select: list[Trial]
-    log: RunLog
-    ema: Values | None = None
-    start: Values | None = None  # the weights before the run, where no fixed reference keeps them
-    shifted: list[Pair] = field(default_factory=list)  # pairs of another distribution, only measured
-    progress: Progress = field(default_factory=Progress)
+from mmpo.progress import Run, record, say
+from mmpo.reference import Values, trainable, unwrap
+from mmpo.runlog import read
+from mmpo.saving import policy_tensors, save
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -186,18 +144,6 @@ def advance(run: Run) -> dict[str, float]:
     record(run, {"event": "train", "step": state.step, **metrics, "lr": lr})
     run.accelerator.log(metrics, step=state.step)
     return metrics
-
-
-def record(run: Run, entry: dict[str, Any]) -> None:
-    """Write a line of the log, once for all processes."""
-    if run.accelerator.is_main_process:
-        run.log.append(entry)
-
-
-def say(run: Run, line: str) -> None:
-    """Print beside the progress bar, once for all processes."""
-    if run.accelerator.is_main_process:
-        tqdm.write(line)
 
 
 def _any_process(run: Run, value: int) -> int:
@@ -398,77 +344,11 @@ def _line(record: dict[str, Any]) -> str:
     names = {
         "eval/judge": "judge",
         "eval/correct": "correct",
+        "eval/wrong_image": "wrong image",
+        "eval/blind_correct": "blind",
         "eval/win_rate": "wins over base",
         "eval/pair_accuracy": "pair accuracy",
         "eval/shifted_accuracy": "shifted pairs",
         "eval/kl": "KL",
     }
     return f"  step {record['step']:>5}  " + "  ".join(f"{label} {record[k]:.3f}" for k, label in names.items() if k in record)
-
-
-def policy_tensors(run: Run) -> dict[str, Tensor]:
-    """The trained weights, whole, for the first process, which writes; every process has to call."""
-    return sharding.collect(trainable(unwrap(run.model)), keep=run.accelerator.is_main_process)
-
-
-def load_best(run: Run) -> None:
-    """Put the best weights so far into the model; nothing happens when there was no evaluation but the base's yet."""
-    if run.progress.best_step:
-        put(run.model, checkpoint.read_best(run.folder))
-
-
-@torch.no_grad()
-def put(model: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in trainable(unwrap(model)).items():
-        parameter.copy_(sharding.part(values[name], parameter))
-
-
-def save(run: Run) -> None:
-    """Write a checkpoint (see `mmpo.checkpoint`): trained weights, optimizer, averages, generators, log position, progress."""
-    names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
-    optimizer, groups = pack_optimizer(run.optimizer, names)
-    kept = {"optimizer": optimizer} | {n: v.values for n, v in (("ema", run.ema), ("reference", _moving(run))) if v is not None}
-    tensors = {n: sharding.collect(values, keep=run.accelerator.is_main_process) for n, values in kept.items()}
-    tensors |= {"policy": policy_tensors(run), "rng": rng_state()}
-    if run.objective.states:
-        tensors["objective"] = run.objective.states
-    meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
-    if run.accelerator.scaler is not None:
-        meta["scaler"] = run.accelerator.scaler.state_dict()
-    if run.accelerator.is_main_process:
-        checkpoint.save(run.folder / "checkpoints", run.progress.step, tensors, meta, keep=run.recipe.train.keep)
-
-
-def resume(run: Run) -> bool:
-    """Continue from the newest whole checkpoint, if there is one; the log is cut back to it.
-
-    Where the checkpoint was written under other packages, threads, processes or devices, it says that the bits will differ.
-    """
-    found = checkpoint.load_latest(run.folder / "checkpoints")
-    run.accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process writes another
-    if run.accelerator.is_main_process:
-        run.log.truncate(found.meta["log_offset"] if found else 0)
-    if found is None:
-        return False
-    run.progress = Progress(**found.meta["progress"])
-    put(run.model, found.tensors["policy"])
-    run.objective.adopt(found.tensors.get("objective", {}))
-    if run.progress.round > 1:  # its values follow; never the first round's, whose scores may be cached
-        run.reference = references.anew(run.recipe.reference, run.model)
-    names: dict[Tensor, str] = {p: n for n, p in trainable(unwrap(run.model)).items()}
-    unpack_optimizer(run.optimizer, names, found.tensors["optimizer"], found.meta["optimizer"])
-    for name, values in (("ema", run.ema), ("reference", _moving(run))):
-        if values is not None:
-            values.load(run.model, found.tensors[name])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(found.meta["scaler"])
-    restore_rng(found.tensors["rng"])
-    say(run, f"resumed at step {run.progress.step} from {found.path.name}")
-    if changed := checkpoint.changes(found.environment):
-        say(run, f"  not bit-identical to a run without a break: {', '.join(changed)}")
-    return True
-
-
-def _moving(run: Run) -> Values | None:
-    inner = run.reference.inner if isinstance(run.reference, Cached) else run.reference
-    return inner if isinstance(inner, Values) else None

@@ -39,12 +39,13 @@ from mmpo.modalities.inversion import invert
 from mmpo.modalities.sheet import contact_sheet, to_png
 from mmpo.modality import DrawKey
 from mmpo.pair import Block, Pair, image, text
+from mmpo.prepare import ASSETS
 from mmpo.schema import DrawConfig
 from mmpo.scores import NOTHING, Scores
 
 T = 1000.0
 SAMPLE_BATCH = 64
-EMBEDDED = Path(__file__).resolve().parent.parent / "mmpo" / "assets" / "shapes"
+EMBEDDED = ASSETS / "shapes"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Adapter:
 
     PROVIDES = frozenset({"err"})
     branches: tuple[str, ...] = ("chosen", "rejected")
+    takes_further = False
     embedded_data = EMBEDDED / "candidates.parquet"
     embedded_judge = "shapes"
 

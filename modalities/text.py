@@ -13,7 +13,6 @@ every prompt is computed once (`mmpo.kernels.prefix`), and only states that pred
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,23 +26,23 @@ from tqdm import tqdm
 
 from mmpo import packaged, planner
 from mmpo.cache import Cache, digest_module, key
-from mmpo.checkpoint import write_atomic
 from mmpo.errors import DataError
 from mmpo.evaluate import Samples
 from mmpo.kernels import token_stats
 from mmpo.kernels.prefix import Segments, causal, forward_hidden, forward_padded, pack, why_not
 from mmpo.modalities import text_model, text_rows, text_sample, text_sheet, text_trunk
 from mmpo.modalities.text_config import ModelConfig
+from mmpo.modalities.text_rows import Group
 from mmpo.modalities.text_tokens import Tokens, Turns, Unusable, span_weights
 from mmpo.modality import DrawKey
 from mmpo.pair import Block, Pair, text
+from mmpo.prepare import ASSETS
 from mmpo.schema import DrawConfig
 from mmpo.scores import NOTHING, Scores, States
 
 SAMPLE_BATCH = 64
-KEPT = 1 << 16  # pairs whose tokens are remembered
 PLANNED = 4096  # pairs whose lengths say what a batch costs
-EMBEDDED = Path(__file__).resolve().parent.parent / "mmpo" / "assets" / "sums"
+EMBEDDED = ASSETS / "sums"
 STATISTICS = frozenset(token_stats.NAMES) - {"logp"}
 FROM_BOTH = frozenset({"kl_ref", "kl_policy"})
 
@@ -66,7 +65,7 @@ class Batch:
 
     states: (T,) positions of the states that predict the scored tokens, branch after branch and pair after pair. labels:
     (T,) those tokens. parts: where each branch's are. masks: (B, U) by branch. weights: (B, U) by branch, or None where no
-    pair has spans. keys: what each pair's draw is.
+    pair has spans. keys: what each pair's draw is. prompts: how many of the row's prompts each pair has.
     """
 
     layout: str
@@ -79,6 +78,7 @@ class Batch:
     masks: dict[str, Tensor]
     weights: dict[str, Tensor] | None
     keys: tuple[bytes, ...]
+    prompts: tuple[int, ...]
 
     @property
     def device(self) -> torch.device:
@@ -89,18 +89,22 @@ class Adapter:
     """The text modality (see `mmpo.modality.Modality`)."""
 
     PROVIDES = STATISTICS | {"hidden_sum", "weights"}
+    NAME = "text"
+    AUTO = "AutoModelForCausalLM"  # the class of transformers that loads its models
+    READER = "AutoTokenizer"  # and the one that loads what stands beside them
+    KEPT = 1 << 16  # pairs whose tokens are remembered
     branches: tuple[str, ...] = ("chosen", "rejected")
+    takes_further = True
+    embedded_model = EMBEDDED
     embedded_data = EMBEDDED / "candidates.parquet"
     embedded_judge = "sums"
 
     def __init__(self, config: ModelConfig, draw: DrawConfig, cache: Cache, device: torch.device, prompt_dropout: float = 0.0):
         self.config, self.device, self.prompt_dropout = config, device, prompt_dropout
-        self._path = str(EMBEDDED) if config.path == "embedded" else packaged.resolve(config.path)
-        download = config.allow_download
-        model = text_model.load_model(self._path, self._dtype, quantize=config.quantize, allow_download=download)
-        tokenizer = text_model.load_tokenizer(self._path, config.chat_template, allow_download=download)
+        self._path = str(self.embedded_model) if config.path == "embedded" else packaged.resolve(config.path)
+        model = self._load(self._path, self._dtype, config.quantize)
         self._context = text_model.context_of(model)
-        self.turns = Turns(tokenizer, config, self._context)
+        self.turns = self._reader(model, cache)
         room = config.sample.max_new_tokens if self._context is None else self._context // 2
         self._sampling = config.sample.model_copy(update={"max_new_tokens": min(config.sample.max_new_tokens, room)})
         self.is_embedded = config.path == "embedded"
@@ -108,7 +112,7 @@ class Adapter:
         settings = text_model.settings_of(model)
         self.weights = {"model": digest_module(model), "tokenizer": self.turns.digest, "settings": settings}
         self._stop = self.turns.stops(_listed(model.generation_config.eos_token_id))
-        self.model = text_model.trainable(self._placed(model), config)
+        self.model = self._trainable(self._placed(model))
         text_model.check_head(self.model)
         if self.starts_from_adapter:
             self.weights["adapter"] = digest_module(self.model)
@@ -123,6 +127,19 @@ class Adapter:
     def _dtype(self) -> torch.dtype:
         return text_model.DTYPES[self.config.dtype]
 
+    def _load(self, path: str, dtype: torch.dtype, quantize: str = "none") -> Any:
+        options: dict[str, Any] = {"quantize": quantize, "allow_download": self.config.allow_download, "auto": self.AUTO}
+        return text_model.load_model(path, dtype, **options)
+
+    def _reader(self, model: Any, cache: Cache) -> Turns:
+        """What makes tokens of blocks."""
+        config = self.config
+        tokenizer = text_model.load_tokenizer(self._path, config.chat_template, allow_download=config.allow_download)
+        return Turns(tokenizer, config, self._context)
+
+    def _trainable(self, model: Any) -> nn.Module:
+        return text_model.trainable(model, self.config)
+
     def _placed(self, model: Any) -> Any:
         """The model on the adapter's device; bitsandbytes has put its own there already."""
         return model if self.config.quantize != "none" else model.to(self.device)
@@ -130,7 +147,7 @@ class Adapter:
     def _possible(self, longest: int) -> str:
         """The layout for rows of at most so many tokens: the model's reason against packed ones is said once, and they are
         padded; where the recipe asks for packed ones it is an error."""
-        reason = None if self.layout == "padded" else why_not(self.model, longest)
+        reason = None if self.layout == "padded" else self._why_not(longest)
         if reason is None:
             return self.layout
         if self.config.layout != "auto":
@@ -138,10 +155,14 @@ class Adapter:
         self._say(f"layout: padded, one row per answer, because {reason}")
         return "padded"
 
+    def _why_not(self, longest: int) -> str | None:
+        """Why rows of at most so many tokens cannot be packed, or None."""
+        return why_not(self.model, longest)
+
     def load_reference(self, path: str) -> nn.Module:
         """Another model with the same vocabulary, for reference.kind: path."""
-        path, download = packaged.resolve(path), self.config.allow_download
-        other = text_model.load_model(path, self._dtype, allow_download=download).to(self.device)
+        path = packaged.resolve(path)
+        other = self._load(path, self._dtype).to(self.device)
         text_model.check_head(other)
         sizes = [len(text_model.head_of(m).weight) for m in (self.model, other)]
         if sizes[0] != sizes[1]:
@@ -161,28 +182,30 @@ class Adapter:
         kept: list[Pair] = []
         for pair in pairs:
             try:
-                self.encode([pair])
+                self._of(pair)
                 kept.append(pair)
             except Unusable as error:
-                if self.config.too_long != "skip":
+                if self._refuses(pair):
                     raise
                 self.turns.counts[f"pairs left out: {error.reason}"] += 1
         return kept, Counter(self.turns.counts)
+
+    def _refuses(self, pair: Pair) -> bool:
+        """Whether a pair beyond the limits is an error."""
+        return self.config.too_long != "skip"
 
     def plan(self, pairs: Sequence[Pair], batch_size: int, reference: bool, shards: int = 1) -> str:
         """Choose layout, tile of the head and checkpointing (`mmpo.planner`): by average batches, memory by the longest."""
         if not hasattr(causal(self.model).config.get_text_config(), "num_attention_heads"):
             return ""  # the cost model knows attention only
-        rows = [e.rows.values() for e in self.encode(pairs[:PLANNED])]
-        lengths = sorted(
-            ((next(iter(r)).prompt_length, [len(text_rows.read(row)) for row in r]) for r in rows), key=text_rows.total
-        )
+        rows = [list(self._of(pair).rows.values()) for pair in pairs[:PLANNED]]
+        lengths = sorted((text_rows.lengths(r) for r in rows), key=text_rows.total)
         spread = [lengths[(2 * i + 1) * len(lengths) // (2 * batch_size)] for i in range(batch_size)]
         given: dict[str, Any] = {"reference": reference, "device": self.device.type}
         sizes, asked = planner.sizes_of(self.model, shards), self.config.gradient_checkpointing
         given["free"] = planner.free_after(planner.free_bytes(self.device), self.model, shards)
         longest = max(map(text_rows.total, lengths))
-        given["unable"] = why_not(self.model, longest) if self._possible(longest) == "padded" else None
+        given["unable"] = self._why_not(longest) if self._possible(longest) == "padded" else None
         self.layout = planner.choose(sizes, spread, layout=self.config.layout, **given).layout
         worst = planner.choose(sizes, lengths[-batch_size:], layout=self.layout, checkpointing=asked, **given)
         if worst.checkpointing and not asked:
@@ -192,15 +215,16 @@ class Adapter:
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """The tokens of each pair. Raises DataError, naming the pair, for one that cannot be tokenised within the limits."""
-        return [self._remembered(pair) for pair in pairs]
+        return [self._of(pair) for pair in pairs]
 
-    def _remembered(self, pair: Pair) -> Encoded:
-        name = _content(pair)
+    def _of(self, pair: Pair) -> Encoded:
+        """The tokens of a pair, remembered by content."""
+        name = _content(pair, self.branches)
         if name not in self._encoded:
-            if len(self._encoded) >= KEPT:
+            if len(self._encoded) >= self.KEPT:
                 self._encoded.pop(next(iter(self._encoded)))
-            rows = self.turns.rows(pair)
-            empty = self.turns.rows(pair, dropped=True) if self.prompt_dropout else {}
+            rows = self.turns.rows(pair, self.branches)
+            empty = self.turns.rows(pair, self.branches, dropped=True) if self.prompt_dropout else {}
             weights = {b: _weights(pair, b, row) for b, row in rows.items() if b in pair.spans}
             self._encoded[name] = Encoded(rows, weights, empty)
         return self._encoded[name]
@@ -208,16 +232,20 @@ class Adapter:
     # ---- draw: nothing is random but whether the prompt is dropped
 
     def draw(self, encoded: Sequence[Encoded], keys: Sequence[DrawKey], model: nn.Module) -> Batch:
-        pairs = [e.empty if self._drops(k) else e.rows for e, k in zip(encoded, keys, strict=True)]
-        sides = [(b, i) for i, rows in enumerate(pairs) for b in self.branches if b in rows]
-        prompts = [next(iter(rows.values())).prompt for rows in pairs]
-        answers = [[text_rows.read(rows[b]) for b in self.branches if b in rows] for rows in pairs]
-        layout = self._possible(max(len(row.ids) for rows in pairs for row in rows.values()))
+        groups = self._groups(encoded, keys)
+        layout = self._possible(max(len(row.ids) for group in groups for row in group.values()))
+        return self._packed(encoded, groups, layout)
+
+    def _packed(self, encoded: Sequence[Encoded], groups: Sequence[Group], layout: str) -> Batch:
+        sides = {side: row for group in groups for side, row in group.items()}
+        prompts = [next(iter(group.values())).prompt for group in groups]
+        answers = [[text_rows.read(row) for row in group.values()] for group in groups]
         ids, positions, segments = pack(prompts, answers, share=layout == "shared")
         parts = [(prompt, branch) for prompt, branches in segments.pairs for branch in branches]
-        states = {side: text_rows.predictors(pairs[side[1]][side[0]], *part) for side, part in zip(sides, parts, strict=True)}
+        states = {s: text_rows.predictors(row, *part) for (s, row), part in zip(sides.items(), parts, strict=True)}
         order = sorted(states, key=lambda side: (self.branches.index(side[0]), side[1]))
-        masks = {b: text_rows.mask_of([rows.get(b) for rows in pairs]) for b in self.branches}
+        masks = {b: text_rows.mask_of([sides.get((b, i)) for i in range(len(encoded))]) for b in self.branches}
+        prompted = Counter(i for group in groups for _, i in (list(group)[:1] if layout == "shared" else group))
         stops = list(accumulate((int(m.sum()) for m in masks.values()), initial=0))
         return Batch(
             layout,
@@ -225,12 +253,18 @@ class Adapter:
             positions.to(self.device),
             segments,
             torch.cat([states[s] for s in order]).to(self.device),
-            torch.cat([pairs[i][b].ids[pairs[i][b].supervised] for b, i in order]).to(self.device),
+            torch.cat([sides[s].ids[sides[s].supervised] for s in order]).to(self.device),
             {b: slice(*ends) for b, ends in zip(masks, pairwise(stops), strict=True)},
             {b: m.to(self.device) for b, m in masks.items()},
-            self._unit_weights(encoded, masks),
-            tuple(self._key(layout, rows) for rows in pairs),
+            text_rows.unit_weights([e.weights for e in encoded], masks, self.device),
+            tuple(self._key(layout, {b: row for (b, k), row in sides.items() if k == i}) for i in range(len(encoded))),
+            tuple(prompted[i] for i in range(len(encoded))),
         )
+
+    def _groups(self, encoded: Sequence[Encoded], keys: Sequence[DrawKey]) -> list[Group]:
+        """The rows of a call by branch and pair, those of a pair under one and the same prompt together."""
+        pairs = [e.empty if self._drops(name) else e.rows for e, name in zip(encoded, keys, strict=True)]
+        return text_rows.grouped([{b: rows[b] for b in self.branches if b in rows} for rows in pairs])
 
     def _drops(self, name: DrawKey) -> bool:
         if not self.prompt_dropout:
@@ -239,23 +273,10 @@ class Adapter:
         generator = torch.Generator().manual_seed(int.from_bytes(stream[:7], "big"))
         return bool(torch.rand((), generator=generator) < self.prompt_dropout)
 
-    def _unit_weights(self, encoded: Sequence[Encoded], masks: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """(B, U) by branch, 1 for the rows without spans."""
-        if not any(e.weights for e in encoded):
-            return None
-        found = {}
-        for b, mask in masks.items():
-            found[b] = torch.ones(mask.shape)
-            for i, e in enumerate(encoded):
-                if b in e.weights:
-                    found[b][i, : len(e.weights[b])] = e.weights[b]
-            found[b] = found[b].to(self.device)
-        return found
-
     def _key(self, layout: str, rows: Mapping[str, Tokens]) -> bytes:
         """Names what is computed for a pair: its tokens, which of them are scored, and the layout, which moves last bits."""
         parts = [x.numpy().tobytes() for row in rows.values() for x in (row.ids, row.supervised)]
-        return key("text", layout, self.config.dtype, self.config.quantize, self.weights["settings"], *rows, *parts)
+        return key(self.NAME, layout, self.config.dtype, self.config.quantize, self.weights["settings"], *rows, *parts)
 
     # ---- score: pure
 
@@ -264,7 +285,7 @@ class Adapter:
     ) -> dict[str, Scores]:
         hidden = self._hidden(model, batch)
         head = text_model.head_of(model)
-        ref_hidden, ref_head = _states_of(against, batch) if FROM_BOTH & wants else (None, None)
+        ref_hidden, ref_head = text_rows.states_of(against, batch.masks) if FROM_BOTH & wants else (None, None)
         given = (hidden, head, batch.labels, STATISTICS & wants, ref_hidden, ref_head)
         stats = token_stats.token_stats(*given, tiling=self._tiling)
         scores = {}
@@ -282,9 +303,7 @@ class Adapter:
         """The states that predict the scored tokens, (T, D)."""
         row, padded = (batch.input_ids, batch.position_ids, batch.segments), batch.layout == "padded"
         if self._trunk is not None:
-            sides = torch.stack([mask.any(1) for mask in batch.masks.values()]).sum(0).tolist()
-            counts = [1 if batch.layout == "shared" else int(n) for n in sides]
-            names = text_trunk.rows_of(batch.keys, batch.segments, counts)
+            names = text_trunk.rows_of(batch.keys, batch.segments, batch.prompts)
             return self._trunk.forward(model, row, names, padded)[batch.states]
         return (forward_padded(model, row[0], row[2]) if padded else forward_hidden(model, *row))[batch.states]
 
@@ -339,8 +358,8 @@ class Adapter:
         """Reload by plain transformers or peft: largest difference from the policy's logits, from the base's; their size."""
         whole = merge or self.config.adapter == "full"
         dtype = torch.float32 if self.config.adapter == "full" else self._dtype
-        theirs = self._placed(text_model.reload(self._path, folder, whole, dtype, self.config.quantize))
-        base = self._placed(text_model.load_model(self._path, dtype, quantize=self.config.quantize))
+        theirs = self._placed(text_model.reload(self._path, folder, whole, dtype, self.config.quantize, self.AUTO))
+        base = self._placed(self._load(self._path, dtype, self.config.quantize))
         after, before, policy = (list(self._dummy_logits(m)) for m in (theirs, base, model))
         away = [max(float((a - b).abs().max()) for a, b in zip(after, other, strict=True)) for other in (policy, before)]
         return away[0], away[1], max(float(p.abs().max()) for p in policy)
@@ -351,44 +370,33 @@ class Adapter:
                 yield causal(model)(input_ids=row.ids[None].to(self.device), use_cache=False).logits.float()
 
     def how_to_load(self, folder: Path, merge: bool = False) -> str:
-        """Lines for the user, after `import peft` and `from transformers import AutoModelForCausalLM, AutoTokenizer`."""
-        tokenizer = f"  tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+        """Lines for the user, after `import peft` and `from transformers import ...` of the two classes that they name."""
+        reader = f"  {self.READER.removeprefix('Auto').lower()} = {self.READER}.from_pretrained({str(folder)!r})"
         if self.config.adapter == "full" or merge:
-            return f"  model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n{tokenizer}"
-        base = f"  model = AutoModelForCausalLM.from_pretrained({self._path!r})\n"
-        return f"{base}  model = peft.PeftModel.from_pretrained(model, {str(folder)!r})\n{tokenizer}"
+            return f"  model = {self.AUTO}.from_pretrained({str(folder)!r})\n{reader}"
+        base = f"  model = {self.AUTO}.from_pretrained({self._path!r})\n"
+        return f"{base}  model = peft.PeftModel.from_pretrained(model, {str(folder)!r})\n{reader}"
 
     def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
         """base.jsonl and aligned.jsonl in one order, a line per generation, and sheet.html, the two beside each other."""
-        folder.mkdir(parents=True, exist_ok=True)
         lines = {n: text_sheet.lines(prompts, samples) for n, samples in (("base", base), ("aligned", aligned))}
-        for name, own in lines.items():
-            written = [json.dumps(line, ensure_ascii=False) for line in own]
-            write_atomic(folder / f"{name}.jsonl", ("\n".join(written) + "\n").encode())
-        write_atomic(folder / "sheet.html", text_sheet.page(**lines).encode())
+        text_sheet.write(folder, text_sheet.page(**lines), **lines)
 
 
 def _listed(value: Any) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _content(pair: Pair) -> str:
+def _content(pair: Pair, branches: Sequence[str]) -> str:
     """Names all of a pair that its tokens depend on."""
-    sides = [[b.digest for b in side] for side in (pair.prompt, pair.chosen, pair.rejected)]
+    sides = [(n, [b.digest for b in x.prompt], [b.digest for b in x.response]) for n in branches if (x := pair.branch(n))]
     return repr((sides, sorted(pair.spans.items())))
 
 
 def _weights(pair: Pair, branch: str, row: Tokens) -> Tensor:
+    found = pair.branch(branch)
+    assert found is not None
     try:
-        return span_weights(row, getattr(pair, branch), pair.spans[branch])
+        return span_weights(row, found.response, pair.spans[branch])
     except ValueError as error:
         raise DataError(f"pair {pair.id}, {branch}: {error}") from error
-
-
-def _states_of(against: Mapping[str, Scores] | None, batch: Batch) -> tuple[Tensor, token_stats.Head]:
-    """The reference's states in the order of the batch's scored tokens, (T, D), and its head."""
-    states = {b: s.states for b, s in (against or {}).items()}
-    if not states or any(s is None for s in states.values()):
-        raise ValueError("a divergence from the reference needs its states: score it with wants={'states'} first")
-    hidden = torch.cat([states[b].hidden[mask] for b, mask in batch.masks.items()])  # type: ignore[union-attr]
-    return hidden, next(iter(states.values())).head  # type: ignore[union-attr]

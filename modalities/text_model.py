@@ -25,13 +25,19 @@ from mmpo.weights import loading
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_model(path: str, dtype: torch.dtype, *, quantize: str = "none", allow_download: bool = False) -> Any:
-    """The model of a transformers directory or hub id, in evaluation mode: safetensors only, none of its own code is run."""
+def load_model(
+    path: str, dtype: torch.dtype, *, quantize: str = "none", allow_download: bool = False, auto: str = "AutoModelForCausalLM"
+) -> Any:
+    """The model of a transformers directory or hub id, in evaluation mode: safetensors only, none of its own code is run.
+
+    auto: the class of transformers that loads it.
+    """
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": not allow_download}
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)
-    with loading(path, "a causal language model as safetensors"), quietly(downloads=allow_download):
-        return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options).eval()
+    kind = "causal " if auto == "AutoModelForCausalLM" else "vision-"
+    with loading(path, f"a {kind}language model as safetensors"), quietly(downloads=allow_download):
+        return getattr(transformers, auto).from_pretrained(path, trust_remote_code=False, **options).eval()
 
 
 def load_tokenizer(path: str, template: str | None = None, allow_download: bool = False) -> Any:
@@ -41,13 +47,16 @@ def load_tokenizer(path: str, template: str | None = None, allow_download: bool 
             path, trust_remote_code=False, local_files_only=not allow_download
         )
     if template is not None:
-        try:
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(
-                f"model.chat_template {template}: {error.strerror}; expected a file of a Jinja template"
-            ) from error
+        tokenizer.chat_template = read_template(template)
     return tokenizer
+
+
+def read_template(path: str) -> str:
+    """The chat template of a file that the recipe names."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"model.chat_template {path}: {error.strerror}; expected a file of a Jinja template") from error
 
 
 def _quantization(bits: str, dtype: torch.dtype) -> Any:
@@ -146,21 +155,26 @@ def checkpoint(model: Any) -> None:
                     setattr(module, name, 0.0)
 
 
-@quietly()
 def _with_lora(model: Any, config: Any, train_layers: int | None) -> Any:
     """The model with a trainable LoRA (arXiv 2106.09685) without dropout; a fresh one has B = 0 and so changes nothing."""
-    import peft
-
     model.requires_grad_(False)
-    alpha, targets = config.alpha or config.rank, config.targets or "all-linear"
+    targets = config.targets or "all-linear"
     some: dict[str, Any] = {}
     if train_layers is not None:
         upper, count = _last(model, train_layers), len(layers_of(model))
         names = {n.rpartition(".")[2] for n, m in upper.named_modules() if isinstance(m, nn.Linear)}
         targets, some = config.targets or sorted(names), {"layers_to_transform": list(range(count - train_layers, count))}
+    return adapted(model, config, targets, **some)
+
+
+@quietly()
+def adapted(model: Any, config: Any, targets: Any, **more: Any) -> Any:
+    """A frozen model under the LoRA of a recipe. targets: names of its layers, or one regular expression of whole names."""
+    import peft
+
+    alpha = config.alpha or config.rank
     shape = {"r": config.rank, "lora_alpha": alpha, "target_modules": targets, "lora_dropout": 0.0}
-    spec = peft.LoraConfig(**shape, task_type="CAUSAL_LM", **some)
-    wrapped = peft.get_peft_model(model, spec)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**shape, task_type="CAUSAL_LM", **more))
     if config.path:
         _continue(wrapped, config.path)
     return wrapped
@@ -211,10 +225,10 @@ def save(model: Any, tokenizer: Any, folder: Path, merge: bool) -> None:
 
 
 @quietly()
-def reload(path: str, folder: Path, whole: bool, dtype: torch.dtype, quantize: str) -> nn.Module:
+def reload(path: str, folder: Path, whole: bool, dtype: torch.dtype, quantize: str, auto: str) -> nn.Module:
     """The model as plain transformers, or peft upon it, gets it from an export."""
     if whole:
-        return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
+        return getattr(transformers, auto).from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(path, dtype, quantize=quantize), str(folder)).eval()
+    return PeftModel.from_pretrained(load_model(path, dtype, quantize=quantize, auto=auto), str(folder)).eval()

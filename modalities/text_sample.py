@@ -7,7 +7,7 @@ inverse of the cumulative distribution: what else is in the batch moves nothing 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,19 @@ from mmpo.sharding import sharded
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], seeds: Sequence[int], stops: frozenset[int], spec: Any
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    stops: frozenset[int],
+    spec: Any,
+    first: Mapping[str, Any] | None = None,
+    ahead: Tensor | None = None,
 ) -> list[list[int]]:
     """The generated tokens of each prompt, without the one that ended it.
 
     prompts: N lists of ids, none empty. stops: ids that end a sequence. spec: max_new_tokens, temperature (0 takes the
-    likeliest token), top_p.
+    likeliest token), top_p. first: further inputs of the first call, which reads the prompts padded on the left. ahead: (N,)
+    how far positions are ahead of the number of tokens, where the model numbers them by rows and columns too.
     """
     device = next(model.parameters()).device
     uniform = torch.stack([torch.rand(spec.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -34,7 +41,7 @@ def generate(
     own = causal(model)
     keeps = "past_key_values" in inspect.signature(own.forward).parameters
     with _inference(model if sharded(model) else own) as inner:  # a model in shards gathers what its outermost call needs
-        steps: Any = (_Cached if keeps else _Recomputed)(inner, prompts, device)
+        steps: Any = _Cached(inner, prompts, device, first or {}, ahead) if keeps else _Recomputed(inner, prompts, device)
         for number in range(spec.max_new_tokens):
             tokens = choose(steps.logits(), uniform[alive, number].to(device), spec.temperature, spec.top_p).tolist()
             kept = [row for row, token in enumerate(tokens) if token not in stops]
@@ -67,9 +74,17 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 class _Cached:
     """The model's next-token logits while sequences grow; those that have ended leave the batch."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        device: torch.device,
+        first: Mapping[str, Any],
+        ahead: Tensor | None,
+    ):
         longest = max(map(len, prompts))  # padded on the left, so that every row grows at the same place
-        self.model = model
+        self.model, self.first = model, dict(first)
+        self.ahead = None if ahead is None else ahead.to(device)
         self.mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         self.cache: Any = None
@@ -77,9 +92,11 @@ class _Cached:
     def logits(self) -> Tensor:
         """(N, V) fp32, of the token after each row."""
         position = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        if self.ahead is not None:
+            position = (position + self.ahead[:, None]).expand(3, -1, -1)
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": position, "past_key_values": self.cache}
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        output = self.model(**inputs | self.first, use_cache=True, logits_to_keep=1)
+        self.cache, self.first = output.past_key_values, {}
         return output.logits[:, -1].float()
 
     def go_on(self, rows: list[int], tokens: list[int]) -> None:
@@ -87,6 +104,7 @@ class _Cached:
         if len(rows) < len(self.mask):
             self.cache.batch_select_indices(torch.tensor(rows, device=self.mask.device))
             self.mask = self.mask[rows]
+            self.ahead = None if self.ahead is None else self.ahead[rows]
         self.ids = torch.tensor(tokens, device=self.mask.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
 

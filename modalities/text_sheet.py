@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from mmpo.checkpoint import write_atomic
 from mmpo.evaluate import Samples
 from mmpo.pair import Block
 
@@ -25,6 +28,15 @@ def lines(prompts: Sequence[tuple[Block, ...]], samples: Samples) -> list[dict[s
             found[-1]["correct"] = bool(samples.correct[i])
         found[-1] |= {name: float(values[i]) for name, values in samples.nats.items()}
     return found
+
+
+def write(folder: Path, sheet: str, **lines: Sequence[dict[str, Any]]) -> None:
+    """One .jsonl for each set of records, by its name, and sheet.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, own in lines.items():
+        written = [json.dumps(line, ensure_ascii=False) for line in own]
+        write_atomic(folder / f"{name}.jsonl", ("\n".join(written) + "\n").encode())
+    write_atomic(folder / "sheet.html", sheet.encode())
 
 
 def page(base: Sequence[dict[str, Any]], aligned: Sequence[dict[str, Any]]) -> str:

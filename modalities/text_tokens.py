@@ -12,17 +12,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from mmpo.errors import DataError
-from mmpo.pair import Block, Pair, Span, text
+from mmpo.pair import Block, Branch, Pair, Span, text
 
 Ids = list[int]
 Offsets = list[tuple[int, int]]
+SIDES = ("chosen", "rejected")
 SENTINEL = "Xq7ZkV"  # stands for an answer where the template is asked what it writes around one
 NOWHERE = (-1, -1)
 
@@ -55,6 +56,17 @@ class Tokens:
         """Places of the scored tokens in the row, (U,)."""
         return self.supervised.nonzero()[:, 0]
 
+    @property
+    def asked(self) -> bytes:
+        """Names the prompt: rows of one name can share it."""
+        return self.prompt.numpy().tobytes()
+
+    def keep(self, places: Tensor) -> Self:
+        """The row's tokens at `places` (L,) bool."""
+        length = int(places[: self.prompt_length].sum())
+        ids, supervised, offsets = self.ids[places], self.supervised[places], self.offsets[places]
+        return replace(self, ids=ids, supervised=supervised, offsets=offsets, prompt_length=length)
+
 
 class Unusable(DataError):
     """A row of which nothing can be scored under the limits. reason: what it is counted as where such rows are skipped."""
@@ -70,6 +82,9 @@ class Turns:
     tokenizer: a fast one, for its offsets; ValueError for any other. spec: the `model:` section of a text recipe.
     context: tokens the model can read. counts: what happened to rows that were not taken as they are, by reason.
     """
+
+    KINDS: frozenset[str] = frozenset({"text"})
+    STARTS = False  # whether the tokenizer's own start goes before what a template wrote too
 
     def __init__(self, tokenizer: Any, spec: Any, context: int | None = None):
         if not tokenizer.is_fast:
@@ -157,23 +172,27 @@ class Turns:
 
     # ---- rows
 
-    def rows(self, pair: Pair, dropped: bool = False) -> dict[str, Tokens]:
-        """The rows of a pair's sides, by name, under one and the same prompt; dropped: under the empty one.
+    def rows(self, pair: Pair, branches: Sequence[str] = SIDES, dropped: bool = False) -> dict[str, Tokens]:
+        """The rows of a pair's branches, by name, of those that it has; dropped: under the empty prompt.
 
         Raises DataError, naming the pair, for what cannot be read, and Unusable for what breaks the limits.
         """
-        prompt = () if dropped else pair.prompt
+        found = {n: replace(b, prompt=() if dropped else b.prompt) for n in branches if (b := pair.branch(n))}
         try:
-            return self._fit({n: self.row(prompt, getattr(pair, n)) for n in ("chosen", "rejected") if getattr(pair, n)})
+            return self._fitted(found)
         except Unusable as error:
             raise Unusable(error.reason, f"pair {pair.id}: {error}") from error
         except ValueError as error:
             raise DataError(f"pair {pair.id}: {error}") from error
 
+    def _fitted(self, branches: dict[str, Branch]) -> dict[str, Tokens]:
+        """A row for each branch, within the limits."""
+        return self._fit({n: self.row(b.prompt, b.response) for n, b in branches.items()})
+
     def prompt(self, blocks: Sequence[Block]) -> Ids:
         """The prompt's tokens, up to where the answer begins: what generation starts from."""
         ids = self._raw(self._written(blocks))[0]
-        if not self.has_template and ids[: len(self.start)] != self.start:
+        if (self.STARTS or not self.has_template) and ids[: len(self.start)] != self.start:
             ids = self.start + ids
         if not ids:
             raise Unusable("empty prompt", "the prompt is empty, and this tokenizer puts no token before a text")
@@ -181,29 +200,32 @@ class Turns:
 
     def row(self, prompt: Sequence[Block], answer: Sequence[Block]) -> Tokens:
         """The row of a prompt and an answer of one or more turns; only the assistant's turns are scored."""
-        _check_answer(answer)
-        ids, said = self.prompt(prompt), _turns(prompt)
+        self._check_answer(answer)
+        ids, said = self.prompt(prompt), self._turns(prompt)
         length = len(ids)
         scored, offsets = [False] * length, [NOWHERE] * length
-        for turn, others in _assistant_turns(answer):
-            found, places = self._continue(self._written(said), str(turn.data))
-            ids, scored, offsets = ids + found, scored + [True] * len(found), offsets + places
-            said = [*said, replace(turn, role="assistant"), *others]
-            after = self._raw(self._around(said[: -1 - len(others)], others)[1])[0] if others else self._ending
+        for turn, others in self._assistant_turns(answer):
+            words, spoken = self._spoken(turn)
+            found, places = self._continue(self._written(said), words)
+            own = [all(spoken[a:b]) for a, b in places]
+            ids, scored, offsets = ids + found, scored + own, offsets + places
+            after = self._raw(self._around(said, others)[1])[0] if others else self._ending
+            said = [*said, *(replace(block, role="assistant") for block in turn), *others]
             ends = [i == 0 and token == self.end and self.spec.end_of_turn == "supervise" for i, token in enumerate(after)]
             ids, scored, offsets = ids + after, scored + ends, offsets + [NOWHERE] * len(after)
-        return self._cut(Tokens(torch.tensor(ids), torch.tensor(scored), torch.tensor(offsets).view(-1, 2), length))
+        row = Tokens(torch.tensor(ids), torch.tensor(scored), torch.tensor(offsets).view(-1, 2), length)
+        return self._cut(self._complete(row, [*prompt, *answer]))
 
     def _written(self, blocks: Sequence[Block]) -> str:
         """The prompt as text, as the template writes it with its generation prompt, or as it is without a template."""
-        if media := {b.kind for b in blocks} - {"text"}:
-            raise ValueError(f"modality text: expected blocks of text, found {', '.join(sorted(media))}")
-        turns = _turns(blocks)
+        if media := {b.kind for b in blocks} - self.KINDS:
+            raise ValueError(f"expected blocks of {' and '.join(sorted(self.KINDS))}, found {', '.join(sorted(media))}")
+        turns = self._turns(blocks)
         if turns[-1].role == "assistant":
             raise ValueError("the prompt ends with the assistant's turn, and an answer begins with one: a user has to speak")
         if self.has_template:
             return self._render(turns, True)
-        if len(turns) > 1 or turns[0].role != "user":
+        if len(turns) > 1 or turns[0].role != "user" or turns[0].kind != "text":
             raise ValueError("a conversation, and the tokenizer has no chat template: name a file in model.chat_template")
         return str(turns[0].data)
 
@@ -232,8 +254,7 @@ class Turns:
         limit = self.spec.max_response
         if limit is not None and len(row.answer) > limit:
             self.counts["answers cut at max_response, without their end of turn"] += 1
-            kept = row.prompt_length + limit
-            row = Tokens(row.ids[:kept], row.supervised[:kept], row.offsets[:kept], row.prompt_length)
+            row = row.keep(torch.arange(len(row.ids)) < row.prompt_length + limit)
         if not bool(row.supervised.any()):
             raise Unusable("empty answer", "an answer is empty: there is no token to score")
         return row
@@ -256,7 +277,37 @@ class Turns:
             told = f"an answer leaves no room for the prompt within {self.limit} tokens; set model.max_response"
             raise Unusable("answer as long as max_length", told)
         self.counts["prompts cut at their start"] += 1
-        return {name: _without(row, first, first + excess) for name, row in rows.items()}
+        where = {name: torch.arange(len(row.ids)) for name, row in rows.items()}
+        return {n: row.keep((where[n] < first) | (where[n] >= first + excess)) for n, row in rows.items()}
+
+    # ---- blocks as turns
+
+    def _turns(self, blocks: Sequence[Block]) -> list[Block]:
+        """Blocks as turns of a conversation: each one with a role is a turn, those without are one turn of the user's."""
+        loose = [b for b in blocks if b.role is None]
+        if loose and len(loose) < len(blocks):
+            raise ValueError("some blocks of the prompt have a role and some have none")
+        return list(blocks) if blocks and not loose else [text(" ".join(str(b.data) for b in loose), "user")]
+
+    def _check_answer(self, blocks: Sequence[Block]) -> None:
+        found = [b.role if b.kind == "text" else b.kind for b in blocks]
+        if not blocks or {found[0], found[-1]} - {None, "assistant"} or (None in found and len(found) > 1):
+            raise ValueError(f"expected an answer of text that begins and ends with the assistant's turn, found {found}")
+
+    def _assistant_turns(self, blocks: Sequence[Block]) -> Iterator[tuple[list[Block], list[Block]]]:
+        """Each turn of the assistant's in an answer, with the turns of others that follow it."""
+        places = [i for i, b in enumerate(blocks) if b.role in (None, "assistant")]
+        for place, following in zip(places, [*places[1:], len(blocks)], strict=True):
+            yield [blocks[place]], list(blocks[place + 1 : following])
+
+    def _spoken(self, turn: Sequence[Block]) -> tuple[str, list[bool]]:
+        """What the assistant says in a turn, and which of its characters count."""
+        words = "".join(str(block.data) for block in turn)
+        return words, [True] * len(words)
+
+    def _complete(self, row: Tokens, blocks: Sequence[Block]) -> Tokens:
+        """The row with what else is known of its blocks."""
+        return row
 
 
 def span_weights(row: Tokens, answer: Sequence[Block], spans: Sequence[Span]) -> Tensor:
@@ -278,31 +329,3 @@ def span_weights(row: Tokens, answer: Sequence[Block], spans: Sequence[Span]) ->
         places = [i for i in range(start, end) if not words[i].isspace()] or range(start, end)
         found.append(sum(weight[i] for i in places) / len(places) if places else 1.0)
     return torch.tensor(found, dtype=torch.float32)
-
-
-def _without(row: Tokens, first: int, last: int) -> Tokens:
-    """The row without its tokens from first to last, which are the prompt's."""
-    keep = torch.ones(len(row.ids), dtype=torch.bool)
-    keep[first:last] = False
-    return Tokens(row.ids[keep], row.supervised[keep], row.offsets[keep], row.prompt_length - (last - first))
-
-
-def _turns(blocks: Sequence[Block]) -> list[Block]:
-    """Blocks as turns of a conversation: each one with a role is a turn, those without are one turn of the user's."""
-    loose = [b for b in blocks if b.role is None]
-    if loose and len(loose) < len(blocks):
-        raise ValueError("some blocks of the prompt have a role and some have none")
-    return list(blocks) if blocks and not loose else [text(" ".join(str(b.data) for b in loose), "user")]
-
-
-def _check_answer(blocks: Sequence[Block]) -> None:
-    found = [b.role if b.kind == "text" else b.kind for b in blocks]
-    if not blocks or {found[0], found[-1]} - {None, "assistant"} or (None in found and len(found) > 1):
-        raise ValueError(f"expected an answer of text that begins and ends with the assistant's turn, found {found}")
-
-
-def _assistant_turns(blocks: Sequence[Block]) -> Iterator[tuple[Block, list[Block]]]:
-    """Each turn of the assistant's in an answer, with the turns of others that follow it."""
-    places = [i for i, b in enumerate(blocks) if b.role in (None, "assistant")]
-    for place, following in zip(places, [*places[1:], len(blocks)], strict=True):
-        yield blocks[place], list(blocks[place + 1 : following])

@@ -6,7 +6,8 @@ Hypothesis gets no deadline anywhere: how long an example takes depends on what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,11 @@ def _fresh_accelerate() -> Iterator[None]:
     if state := sys.modules.get("accelerate.state"):
         for shared in (state.AcceleratorState, state.PartialState, state.GradientState):
             shared._shared_state.clear()
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny vision-language checkpoint by family (tests/vlm_families.py), written once, not to be changed."""
+    from tests.vlm_families import make  # transformers' model classes take seconds to import, and most tests need none
+
+    return cache(lambda family: make(family, tmp_path_factory.mktemp("families") / family))

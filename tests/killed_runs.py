@@ -145,10 +145,11 @@ def begin(work: Callable[[], int], said: Path) -> int:
 def stop_at(step: int) -> None:
     """Let this process end, with status 0, right after it has saved a step."""
     from mmpo import train
+    from mmpo.progress import Run
 
     real = train.save
 
-    def save(run: train.Run) -> None:
+    def save(run: Run) -> None:
         real(run)
         if run.progress.step == step:
             os._exit(0)

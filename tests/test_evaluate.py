@@ -130,3 +130,38 @@ def test_samples_are_judged_in_order_and_compared_within_a_prompt() -> None:
     assert painter.asked == [("a", 0), ("a", 51), ("b", 10), ("b", 10)]
     assert found.scores.tolist() == [0, 51, 10, 10] and found.diversity == pytest.approx((0.2 + 0) / 2)
     assert found.summary() == {"score": 71 / 4, "diversity": pytest.approx(0.1), "correct": 0.25}
+
+
+class Blinder:
+    """Says what its pictures show: their first pixel; hides them where told."""
+
+    def sample(self, model: nn.Module, prompts: list[Blocks], seeds: list[int]) -> list[Block]:
+        self.seeds = seeds
+        return [text(" ".join(str(np.asarray(b.data)[0, 0, 0]) for b in p if b.kind == "image")) for p in prompts]
+
+    def blinded(self, prompt: Blocks) -> Blocks | None:
+        hidden = tuple(image(np.full_like(b.data, 128)) if b.kind == "image" else b for b in prompt)
+        return hidden if any(b.kind == "image" for b in prompt) else None
+
+
+def told(prompts: list[Blocks], answers: list[Blocks]) -> JudgeResult:
+    """Right is what the prompt's text says; answers of two signs are counted beside."""
+    right = torch.tensor([a[0].data == p[-1].data for p, a in zip(prompts, answers, strict=True)])
+    return JudgeResult(right.double(), right, rates={"short": torch.tensor([len(a[0].data) == 2 for a in answers])})
+
+
+def test_rates_of_the_judge_and_answers_to_hidden_images_are_in_the_summary() -> None:
+    shown = [(image(np.full((2, 2, 3), i, np.uint8)), text(str(w))) for i, w in ((10, 10), (20, 128), (128, 128))]
+    asked = trials([*shown, (text("no picture"),)], 1, "test", 0)
+    modality = Blinder()
+    found = sample(modality, nn.Linear(1, 1), told, asked)  # type: ignore[arg-type]
+    assert modality.seeds == [t.seeds[0] for t in asked[:3]]  # hidden prompts are answered under the same seeds
+    assert np.array_equal(found.rates["blind_correct"], [0, 1, 1, np.nan], equal_nan=True)
+    summary = found.summary()
+    assert (summary["correct"], summary["short"]) == (2 / 4, 2 / 4)
+    assert summary["blind_correct"] == pytest.approx(2 / 3)
+
+
+def test_nothing_is_blind_where_no_image_can_be_hidden() -> None:
+    asked = trials([(text("a"),)], 1, "test", 0)
+    assert sample(Blinder(), nn.Linear(1, 1), told, asked).rates.keys() == {"short"}  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from mmpo import cli, drift, launch
+from mmpo import cli, drift, finish, launch
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Span
@@ -149,4 +149,4 @@ def summary(low: float, high: float, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_the_verdict_claims_no_more_than_the_interval_allows(found: dict[str, Any], said: str) -> None:
-    assert said in launch.verdict(found)
+    assert said in finish.verdict(found)

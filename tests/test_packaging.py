@@ -94,6 +94,10 @@ def test_installed_wheel_works_elsewhere(archives: Path, tmp_path: Path) -> None
     mmpo = environment / "bin" / "mmpo"
     assert "train" in run(mmpo, "--help", cwd=tmp_path)
     assert "dpo" in run(mmpo, "list", "losses", cwd=tmp_path).split()
+    found = (
+        "from mmpo.find import find, names; print([find('modalities', n).embedded_data.exists() for n in names('modalities')])"
+    )
+    assert "False" not in run(python, "-c", found, cwd=tmp_path)  # what each default trains on
 
 
 def link_site_packages(python: Path, cwd: Path) -> None:

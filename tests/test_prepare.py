@@ -106,3 +106,14 @@ def test_nothing_to_train_on_is_told_with_the_reasons(path: Path, tmp_path: Path
     write_candidates(candidates(1), tmp_path / "one.parquet")
     assert not is_heldout((text("prompt 0"),), 0.3)
     assert prepare(recipe(tmp_path / "one.parquet"), "", None).heldout == []
+
+
+def test_prompts_of_one_question_about_different_images_are_different(tmp_path: Path) -> None:
+    shades = [image(np.full((2, 2, 3), shade, np.uint8)) for shade in range(30)]
+    rows = [Candidate((b, text("Which shade?")), text(w), s) for b in shades for w, s in (("dark", 1.0), ("light", 0.0))]
+    write_candidates(rows, tmp_path / "c.parquet")
+    data = prepare(recipe(tmp_path / "c.parquet", heldout=0.2), "elsewhere", None)
+    assert len(data.train_prompts) == len(data.train) and len(data.heldout) == 30 - len(data.train)
+    assert len(data.select) + len(data.test) == len(data.heldout) > 2
+    assert {p[0].digest for p in data.select + data.test}.isdisjoint({p.prompt[0].digest for p in data.train})
+    assert all([b.kind for b in p.prompt] == ["image", "text"] for p in data.train)

@@ -234,7 +234,7 @@ def test_answers_that_nobody_judged_have_no_columns_for_it(tmp_path: Path) -> No
     for side in ("base", "aligned"):
         (tmp_path / f"{side}.jsonl").write_text('{"prompt": "p", "text": "a", "score": null}\n{"prompt": "q", "text": "b"}\n')
     shown, count = answer_pairs(tmp_path)
-    assert count == 2 and shown[0] == {"prompt": "p", "base": {"text": "a"}, "aligned": {"text": "a"}}
+    assert count == 2 and shown[0] == {"prompt": "p", "pictures": [], "base": {"text": "a"}, "aligned": {"text": "a"}}
 
 
 def test_summary_that_is_no_object_is_refused_by_name(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def test_a_second_round_that_is_killed_ends_with_the_same_bits(tmp_path: Path) -
 
 END = (JUDGE, "train.steps=3", "train.save_every=3", "eval.every=3")
 PARTS: dict[str, tuple[str, ...]] = {
-    "mmpo.launch:load_best": END, "mmpo.launch:write_samples": END, "mmpo.launch:record": END, "mmpo.export:write": END,
-    "mmpo.checkpoint:write_atomic": END, "mmpo.launch:write_report": END,
+    "mmpo.finish:load_best": END, "mmpo.finish:write_samples": END, "mmpo.finish:record": END, "mmpo.export:write": END,
+    "mmpo.checkpoint:write_atomic": END, "mmpo.finish:write_report": END,
 }  # fmt: skip
 ROUND = (*END, "train.rounds=2", "train.round_prompts=4", "train.round_candidates=3")
 PARTS |= {"mmpo.rounds:load_best": ROUND, "mmpo.rounds:write_candidates": ROUND, "mmpo.rounds:save": ROUND}

@@ -21,10 +21,12 @@ from mmpo import checkpoint, find, launch, planner, sharding
 from mmpo import recipe as recipes
 from mmpo import train as loop
 from mmpo.errors import RecipeError
+from mmpo.progress import Run
 from mmpo.reference import unwrap
 from mmpo.rounds import fresh_pairs
 from mmpo.runlog import read
-from mmpo.train import Run, resume, train
+from mmpo.saving import resume
+from mmpo.train import train
 from tests.modalities.tiny_text import make as make_text
 from tests.tiny_run import SMALL, make_world
 
@@ -229,6 +231,7 @@ def test_a_killed_run_is_finished_by_whole_modules(world: Path) -> None:
         ("diffusion", "draw.mode=renoise"),
         ("text", "model.quantize=4bit"),
         ("text", "model.train_layers=1"),
+        ("vlm", "model.train=language"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_with_the_recipe(modality: str, setting: str) -> None:

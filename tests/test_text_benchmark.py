@@ -8,32 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
+from benchmarks import side_by_side as side
 from benchmarks import text_step as bench
 
 SHAPE = bench.Shape(hidden=64, layers=2, heads=4, kv_heads=2, ff=96, vocab=384)
-CASE = bench.Case(96, 9, {"online": ("trl", 1.0)}, saved=0.6)
+CASE = side.Case(96, 9, {"online": ("trl", 1.0)}, saved=0.6)
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bench.Contestant]]:
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, side.Contestant]]:
     """mmpo's side alone, with an online reference in shared and in separate rows, and with a cached one."""
     folder = tmp_path_factory.mktemp("bench")
     paths, rows = bench.make_models(folder, SHAPE), bench.make_rows(CASE, SHAPE.vocab, 2)
     kinds = {"online": ("shared", False), "cached": ("shared", True), "separate": ("packed", False)}
     runs = {name: bench.mmpo_run(paths, rows, folder, *kind) for name, kind in kinds.items()}
-    with torch.no_grad():
-        bench.forward(runs["cached"], 0, 0)
-    yield {name: bench.mmpo_contestant(name, run) for name, run in runs.items()}
+    side.fill(runs["cached"])
+    yield {name: side.mmpo_contestant(name, run) for name, run in runs.items()}
 
 
-def test_the_work_is_the_cost_models(ours: dict[str, bench.Contestant]) -> None:
+def test_the_work_is_the_cost_models(ours: dict[str, side.Contestant]) -> None:
     """Operations, rows that meet the head, and reference passes; sharing pays for its prompt once."""
-    found = {name: bench.counts(c, SHAPE) for name, c in ours.items()}
-    for name in ("online", "cached"):
-        assert found[name]["flops"] <= bench.FLOPS * bench.model_flops(CASE, SHAPE, name == "cached")
-        assert found[name]["flops"] >= 0.98 * bench.model_flops(CASE, SHAPE, name == "cached"), "the counter sees all of it"
+    found = {name: bench.counted(c, SHAPE) for name, c in ours.items()}
+    for name, flops in bench.expected(CASE, SHAPE).items():
+        assert 0.98 * flops <= found[name]["flops"] <= side.FLOPS * flops, "the counter sees all of it, and no more"
     scored = 2 * CASE.answer
     assert [found[name]["head_rows"] for name in ("online", "cached", "separate")] == [2 * scored, scored, 2 * scored]
     assert found["separate"]["flops"] > 1.6 * found["online"]["flops"]
@@ -41,12 +39,13 @@ def test_the_work_is_the_cost_models(ours: dict[str, bench.Contestant]) -> None:
 
 
 def test_a_reason_per_broken_promise() -> None:
-    good = {"flops": int(bench.model_flops(CASE, SHAPE, False)), "head_rows": 4 * CASE.answer, "saved_bytes": 50}
-    cached = {"flops": int(bench.model_flops(CASE, SHAPE, True)), "head_rows": 2 * CASE.answer, "saved_bytes": 50}
+    expected = bench.expected(CASE, SHAPE)
+    good = {"flops": int(expected["online"]), "head_rows": 4 * CASE.answer, "saved_bytes": 50}
+    cached = {"flops": int(expected["cached"]), "head_rows": 2 * CASE.answer, "saved_bytes": 50}
     counted = {"trl": {"flops": 0, "head_rows": 0, "saved_bytes": 100}, "online": good, "cached": cached}
     equal = {"online": {"logp": 1e-6, "gradient": 1e-6}}
-    assert bench.broken(CASE, SHAPE, equal, counted) == []
-    assert bench.broken(CASE, SHAPE, {"online": {"logp": float("nan"), "gradient": 1e-4}}, counted) == [
+    assert side.broken(CASE, expected, equal, counted) == []
+    assert side.broken(CASE, expected, {"online": {"logp": float("nan"), "gradient": 1e-4}}, counted) == [
         "online: logp differs by nan", "online: gradient differs by 0.0001"
     ]  # fmt: skip
     for change, message in (
@@ -54,10 +53,10 @@ def test_a_reason_per_broken_promise() -> None:
         ({"head_rows": good["head_rows"] + 1}, "rows meet the head"),
         ({"saved_bytes": 61}, "keeps 0.610 of TRL's bytes"),
     ):
-        (told,) = bench.broken(CASE, SHAPE, equal, counted | {"online": good | change})
+        (told,) = side.broken(CASE, expected, equal, counted | {"online": good | change})
         assert message in told
     unbounded = dataclasses.replace(CASE, saved=None)
-    assert bench.broken(unbounded, SHAPE, equal, counted | {"online": good | {"saved_bytes": 99}}) == []
+    assert side.broken(unbounded, expected, equal, counted | {"online": good | {"saved_bytes": 99}}) == []
 
 
 def test_a_bar_is_met_by_the_lower_end_of_the_interval() -> None:
@@ -66,11 +65,11 @@ def test_a_bar_is_met_by_the_lower_end_of_the_interval() -> None:
     counted = {name: {"flops": 100, "head_rows": 1, "saved_bytes": 10} for name in ("trl", "online", "cached", "separate")}
     seconds = {"trl": slow, "online": fast, "cached": slow, "separate": 1.05 * slow}
     for bar, met in ((1.9, True), (2.1, False)):
-        case = bench.Case(96, 9, {"online": ("trl", bar), "cached": ("separate", 1.0)})
-        rows = bench.results(case, SHAPE, seconds, counted)
+        case = side.Case(96, 9, {"online": ("trl", bar), "cached": ("separate", 1.0)})
+        rows = side.results(case, bench.expected(case, SHAPE), seconds, counted)
         assert rows["online"]["faster_than"]["trl"]["met"] is met
         assert rows["cached"]["faster_than"]["separate"]["met"] and "met" not in rows["cached"]["faster_than"]["trl"]
-        assert f"bar {bar}: {'met' if met else 'missed'}" in bench.report(case, rows)
+        assert f"bar {bar}: {'met' if met else 'missed'}" in side.report(case, rows)
 
 
 def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,13 +86,14 @@ def test_the_gates_hold_against_trl(
     pytest.importorskip("trl", reason="TRL is not installed: pip install mmpo[parity]")
     (tmp_path / "a").mkdir()
     found = bench.contestants(tmp_path / "a", CASE, SHAPE)
-    equal = bench.equality(found)
-    assert equal["trl_cached"]["gradient"] <= bench.TOLERANCE
-    assert bench.broken(CASE, SHAPE, equal, {c.name: bench.counts(c, SHAPE) for c in found}) == []
-    monkeypatch.setattr(bench, "CASES", (CASE,))
+    equal = side.equality(found)
+    assert equal["trl_cached"]["gradient"] <= side.TOLERANCE
+    assert side.broken(CASE, bench.expected(CASE, SHAPE), equal, {c.name: bench.counted(c, SHAPE) for c in found}) == []
     doubled = [dataclasses.replace(c, loss=lambda c=c: 2 * c.loss()) for c in found[1:]]  # type: ignore[misc]
-    monkeypatch.setattr(bench, "contestants", lambda *_: [found[0], *doubled])
-    monkeypatch.setattr(bench, "counts", lambda c, shape: {"flops": 0, "head_rows": 0, "saved_bytes": 1})
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("was timed"))
-    assert bench.main(["--rounds", "7"]) == 1
+    spoilt = dataclasses.replace(
+        bench.bench((CASE,), SHAPE), contestants=lambda *_: [found[0], *doubled],
+        counts=lambda _: {"flops": 0, "head_rows": 0, "saved_bytes": 1},
+    )  # fmt: skip
+    monkeypatch.setattr(side, "measure", lambda *_: pytest.fail("was timed"))
+    assert side.main(spoilt, ["--rounds", "7"]) == 1
     assert "online: gradient differs by" in capsys.readouterr().err

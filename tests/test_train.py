@@ -24,12 +24,14 @@ from mmpo import train as loop
 from mmpo.cache import Cache
 from mmpo.errors import RunFailed
 from mmpo.interruption import Interrupted
+from mmpo.progress import Run, record
 from mmpo.reference import Cached, Values, anew, unwrap
 from mmpo.reference import build as build_reference
 from mmpo.runlog import read
+from mmpo.saving import resume
 from mmpo.schema import Recipe, ReferenceConfig, TrainConfig
 from mmpo.state import pack_optimizer, unpack_optimizer
-from mmpo.train import Run, batch_of, evaluate_now, learning_rate, optimize, order, record, resume, train
+from mmpo.train import batch_of, evaluate_now, learning_rate, optimize, order, train
 from tests.tiny_run import line_pairs, line_run, make_world
 from tests.tiny_run import settings as tiny_settings
 

@@ -21,11 +21,11 @@ from mmpo.media import open_image
 from mmpo.modality import DrawKey
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Pair, image, text
+from mmpo.progress import Run
 from mmpo.recipe import Resolved
 from mmpo.runlog import RunLog
 from mmpo.schema import Recipe
 from mmpo.scores import Scores
-from mmpo.train import Run
 from tests.modalities.tiny import make
 
 SMALL = (

@@ -1,12 +1,13 @@
 """LLaMA-Factory's rankings: sharegpt (conversations, chosen, rejected) and alpaca (instruction, input, chosen, rejected).
 
-With kto_tag a row has one answer: the last of its conversations (or messages), or `output` beside an instruction.
+With kto_tag a row has one answer: the last of its conversations (or messages), or `output` beside an instruction. Pictures
+are in the column images, in the order of the tags <image> in the text.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,9 @@ from mmpo.datasets.conversations import (
 )
 from mmpo.datasets.fields import checked_text, flag_field, list_field, shown
 from mmpo.datasets.ledger import BadField, Ledger, Row, import_rows
+from mmpo.datasets.media_files import write_pictured
+from mmpo.datasets.pictures import Album, root_of
+from mmpo.datasets.placeholders import PLAIN, pictures_of, tagged
 from mmpo.datasets.tables import rows_of, write_json
 from mmpo.datasets.wording import (
     Unsayable,
@@ -36,7 +40,6 @@ from mmpo.datasets.wording import (
     has_roles,
     single_texts,
     with_roles,
-    written,
 )
 from mmpo.pair import Block, Pair, text
 
@@ -58,21 +61,24 @@ def llama_factory(
 ) -> Iterator[Pair]:
     """One Pair a row. Alpaca rows are text without roles, unless `system` or `history` make them a conversation.
 
-    `input` stands below the instruction, as LLaMA-Factory puts it. ties: as in the trl format. root: not used. Rows with
-    tools or calls of functions are refused: their text depends on a template that is not in the data.
+    `input` stands below the instruction, as LLaMA-Factory puts it. ties: as in the trl format. root: where paths of pictures
+    start from. Rows with video or sound are refused, and those with tools or calls of functions: their text depends on a
+    template that is not in the data.
     """
-    return import_rows(rows_of(path), lambda row: [_pair(row, ties, ledger)], ledger)
+    album = Album(root_of(path, root), ledger)
+    return import_rows(rows_of(path), lambda row: [_pair(row, ties, album)], ledger)
 
 
-def _pair(row: Row, ties: str, ledger: Ledger) -> Pair:
-    refuse_media(row)
+def _pair(row: Row, ties: str, album: Album) -> Pair:
+    refuse_media(row, ("videos", "audios"))
     if row.get("tools"):
         raise BadField("tools", "none", shown(row["tools"]), "row with tools")
     rest, liked = extras(row, ties), flag_field(row, "kto_tag")
     read = _alpaca if row.get("instruction") is not None else _spoken
-    prompt, chosen, rejected = read(row, liked is not None)
+    prompt, chosen, rejected = (PLAIN.blanks(side) for side in read(row, liked is not None))
+    prompt, chosen, rejected = album.placed((prompt, chosen, rejected), album.named(row, "images"))
     pair = text_pair(prompt, chosen, rejected, **rest) if liked is None else unpaired(prompt, chosen, liked, **rest)
-    note_others(row, COLUMNS, ledger)
+    note_others(row, COLUMNS, album.ledger)
     return pair
 
 
@@ -116,42 +122,47 @@ def _history(row: Row, asked: str, spoken: bool) -> Blocks:
 
 
 def write_llama_factory(pairs: Iterable[Pair], path: Path, ledger: Ledger | None = None) -> int:
-    """Write pairs of text as JSON lines (or one list, where `path` ends in .json); returns the number of rows.
+    """Write pairs as JSON lines (or one list, where `path` ends in .json), pictures beside them; returns the number of rows.
 
     One file holds rows of one shape, the first pair's: alpaca where it has no roles, sharegpt where it has, with kto_tag where
     it has one side. Later pairs without roles become a user's turn and the assistant's answer, and are counted. What
-    LLaMA-Factory has no column for stands in columns of ours. Raises DataError for a pair that is not text or does not fit
-    the shape.
+    LLaMA-Factory has no column for stands in columns of ours. Raises DataError for pictures in answers, other media, and a pair
+    that does not fit the shape.
     """
     iterator = iter(pairs)
     first = next(iterator, None)
     if first is None:
         return write_json(path, [])
     row = partial(_row, spoken=has_roles(first), both=bool(first.chosen and first.rejected))
-    return write_json(path, written(itertools.chain([first], iterator), row, ledger))
+    return write_pictured(itertools.chain([first], iterator), path, ledger, row)
 
 
-def _row(pair: Pair, ledger: Ledger | None, *, spoken: bool, both: bool) -> dict[str, Any]:
-    check_sayable(pair, "llama_factory", ledger)
+def _row(pair: Pair, ledger: Ledger | None, put: Callable[[Block], Any], *, spoken: bool, both: bool) -> dict[str, Any]:
+    check_sayable(pair, "llama_factory", ledger, pictures="prompt")
+    pictures = {"images": [put(b) for b in seen]} if (seen := pictures_of(pair.prompt)) else {}
+    return _told(pair, ledger, spoken, both) | pictures | extra_cells(pair)
+
+
+def _told(pair: Pair, ledger: Ledger | None, spoken: bool, both: bool) -> dict[str, Any]:
     if bool(pair.chosen and pair.rejected) != both:
         raise Unsayable(pair.id, "a file of LLaMA-Factory holds either pairs or single answers, not both")
     if not spoken:
-        return _alpaca_row(pair, both) | extra_cells(pair)
-    check_boundary(pair, "llama_factory")
-    told = with_roles(pair, ledger)
+        return _alpaca_row(pair, both)
+    told = tagged(with_roles(pair, ledger), PLAIN)
+    check_boundary(told, "llama_factory")
     if both and len(told.chosen) == len(told.rejected) == 1:
         sides = {"chosen": SHARED.messages(told.chosen)[0], "rejected": SHARED.messages(told.rejected)[0]}
-        return {"conversations": SHARED.messages(told.prompt), **sides, **extra_cells(pair)}
+        return {"conversations": SHARED.messages(told.prompt), **sides}
     if both:
         raise Unsayable(pair.id, "LLaMA-Factory's answers are one turn each; swift and trl hold longer ones")
     turns = SHARED.messages(told.prompt + told.chosen + told.rejected)
-    return {"conversations": turns, "kto_tag": bool(told.chosen), **extra_cells(pair)}
+    return {"conversations": turns, "kto_tag": bool(told.chosen)}
 
 
 def _alpaca_row(pair: Pair, both: bool) -> dict[str, Any]:
     if has_roles(pair):
         raise Unsayable(pair.id, "a conversation in a file of single instructions; write the two kinds to two files")
-    prompt, chosen, rejected = single_texts(pair, "alpaca", None)
+    prompt, chosen, rejected = single_texts(tagged(pair, PLAIN), "alpaca", None)
     if both:
         return {"instruction": prompt, "input": "", "chosen": chosen, "rejected": rejected}
     return {"instruction": prompt, "input": "", "output": chosen or rejected, "kto_tag": chosen is not None}

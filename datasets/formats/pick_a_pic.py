@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from mmpo import media
 from mmpo.datasets.fields import finite, flag_field, image_field, image_pair, number_field, shown, text_field
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, import_rows
+from mmpo.datasets.media_files import file_bytes
 from mmpo.datasets.tables import rows_of, write_parquet
 from mmpo.errors import DataError
-from mmpo.pair import Block, Pair
+from mmpo.pair import Pair
 
 KEEP = {"caption", "jpg_0", "jpg_1", "label_0", "label_1"}
 OPTIONAL = ["id", "are_different", "has_label", "weight", "margin", "score_0", "score_1", "ps_score_0", "ps_score_1"]
@@ -136,8 +136,3 @@ def _row(pair: Pair, ledger: Ledger | None) -> dict[str, Any]:
     for i, (name, block) in enumerate(sides):
         row |= {f"jpg_{i}": file_bytes(block), f"label_{i}": labels[i], f"score_{i}": pair.scores.get(name)}
     return row
-
-
-def file_bytes(block: Block) -> bytes:
-    """The image file of a block: its own bytes, or its array as PNG."""
-    return block.data if isinstance(block.data, bytes) else media.encode(block.data)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpo.datasets.conversations import TABLES, answer, note_others
+from mmpo.datasets.conversations import TABLES, Blocks, answer, note_others
 from mmpo.datasets.fields import finite, list_field, shown, text_field
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, import_rows
 from mmpo.datasets.pairing import Candidate
@@ -18,11 +18,12 @@ from mmpo.pair import text
 CANDIDATES = ASPECTS = True  # what this format holds are candidates, with scores by aspect
 COLUMNS = ("instruction", "prompt", "completions", "models")
 KNOWN = ("model", "response", "annotations", "overall_score", "score", "fine-grained_score")
+IMAGES = {"image", "img_path", "images"}  # with these it is VLFeedback
 UNRATED = (None, "N/A", "")
 
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
-    return kind in TABLES and "completions" in columns and bool(columns & {"instruction", "prompt"})
+    return kind in TABLES and "completions" in columns and bool(columns & {"instruction", "prompt"}) and not columns & IMAGES
 
 
 def ultrafeedback(
@@ -43,7 +44,13 @@ def ultrafeedback(
 
 
 def _candidates(row: Row, aspect: str | None, ledger: Ledger) -> list[Candidate]:
-    prompt = (text(text_field(row, "instruction", "prompt")),)
+    found = scored(row, (text(text_field(row, "instruction", "prompt")),), aspect, ledger)
+    note_others(row, COLUMNS, ledger)
+    return found
+
+
+def scored(row: Row, prompt: Blocks, aspect: str | None, ledger: Ledger) -> list[Candidate]:
+    """The completions of a row as Candidates; those without a score or text are left out and noted. Skips a row without any."""
     found = []
     for i, completion in enumerate(list_field(row, "completions")):
         if not isinstance(completion, dict):
@@ -55,7 +62,6 @@ def _candidates(row: Row, aspect: str | None, ledger: Ledger) -> list[Candidate]
             found.append(given)
     if not found:
         raise Skip("no completion with a score" if aspect is None else f"no completion with a rating of {aspect}")
-    note_others(row, COLUMNS, ledger)
     return found
 
 
@@ -108,6 +114,13 @@ def _row(group: list[Candidate], ledger: Ledger | None) -> dict[str, Any]:
     prompt = group[0].prompt
     if len(prompt) != 1 or prompt[0].role or any(b.kind != "text" for c in group for b in (*c.prompt, c.block)):
         raise DataError(f"prompt {shown(prompt[0].data)}: UltraFeedback holds one text and answers in text")
+    completions = rated(group, "ultrafeedback", ledger)
+    models = [c["model"] for c in completions if "model" in c]
+    return {"instruction": prompt[0].data, "models": models, "completions": completions}
+
+
+def rated(group: list[Candidate], format: str, ledger: Ledger | None) -> list[dict[str, Any]]:
+    """Candidates as completions with their ratings; seeds other than 0 are left out and counted."""
     completions = []
     for candidate in group:
         ratings = {a: {"Rating": str(int(r) if r == int(r) else r)} for a, r in candidate.meta.get("aspects", {}).items()}
@@ -115,6 +128,5 @@ def _row(group: list[Candidate], ledger: Ledger | None) -> dict[str, Any]:
         completion |= {"response": candidate.block.data, "annotations": ratings}
         completions.append(completion | {"overall_score": candidate.meta.get("overall_score", candidate.score)})
         if candidate.seed and ledger is not None:
-            ledger.notes["seeds left out: no place for them in ultrafeedback"] += 1
-    models = [c["model"] for c in completions if "model" in c]
-    return {"instruction": prompt[0].data, "models": models, "completions": completions}
+            ledger.notes[f"seeds left out: no place for them in {format}"] += 1
+    return completions

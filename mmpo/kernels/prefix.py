@@ -2,7 +2,8 @@
 
 A packed row is `[prompt | branch 1 | branch 2 | ...]` for one pair after the other, with positions that restart at the
 prompt's end for every branch. The attention is exact: a prompt and its first branch are one causal call; the other branches
-look at their prompt in one call without a mask and at themselves in one causal call each (shared_attention.py).
+look at their prompt in one call without a mask and at themselves in one causal call each (shared_attention.py). Where tokens of
+a prompt see each other in both directions, as an image's do in some models, its call is taken apart there.
 
 It is registered as an attention implementation of transformers, so that no model code is edited, and it is sdpa wherever no
 packed row is under way: a model that has run one still generates, exports and runs ordinary batches.
@@ -14,7 +15,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -103,12 +104,20 @@ def _offsets(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Iterator[tupl
         yield from ((branch, len(prompt)) for branch in several)
 
 
-def _calls(prompt: range, branches: Sequence[range]) -> Iterator[Call]:
-    """The first branch that is not empty continues the prompt's causal call; the others look at the prompt together."""
+def _calls(prompt: range, branches: Sequence[range], blocks: Sequence[range] = ()) -> Iterator[Call]:
+    """The first branch that is not empty continues the prompt's causal call; the others look at the prompt together.
+
+    blocks: stretches of the prompt, in order, whose tokens see each other in both directions.
+    """
     filled = [branch for branch in branches if branch]
-    first = slice(prompt.start, filled[0].stop if filled else prompt.stop)
-    if first.stop > first.start:
-        yield Call(first, first, True)
+    stop = filled[0].stop if filled else prompt.stop
+    ends = [prompt.start, *(end for block in blocks for end in (block.start, block.stop)), stop]
+    for number, ends_here in enumerate(pairwise(ends)):
+        part = slice(*ends_here)
+        if part.stop > part.start:
+            yield Call(part, part, not number % 2)
+            if part.start > prompt.start:
+                yield Call(part, slice(prompt.start, part.start), False)
     if prompt and filled[1:]:
         yield Call(slice(filled[1].start, filled[-1].stop), slice(prompt.start, prompt.stop), False)
     for branch in filled[1:]:
@@ -116,25 +125,36 @@ def _calls(prompt: range, branches: Sequence[range]) -> Iterator[Call]:
 
 
 def forward_hidden(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, segments: Segments, skipped: int = 0, **model_inputs: Any
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    segments: Segments,
+    skipped: int = 0,
+    blocks: Sequence[range] = (),
+    **model_inputs: Any,
 ) -> Tensor:
     """Final hidden states (after the last norm) of a packed row, (L, D), with gradient.
 
     model: a transformers causal language model, with peft adapters or in DistributedDataParallel as may be. It is called as a
     whole, so that their hooks run, and asked for the logits of no position. model_inputs: anything else its forward takes.
     From then on the model's attention implementation is this module's, which is sdpa for every other call. skipped: layers that
-    compute no attention in this call, because their states are known.
+    compute no attention in this call, because their states are known. position_ids: (1, L), or (3, 1, L) for a model that
+    numbers tokens by time, row and column. blocks: stretches of prompts whose tokens see each other in both directions.
     Errors: ValueError where `why_not` has a reason that shows only now, or where a layer computed its attention otherwise.
     """
-    config = causal(model).config
+    config = causal(model).config.get_text_config()
     if config._attn_implementation != NAME:
         config._attn_implementation = NAME
-    calls = [call for prompt, branches in segments.pairs for call in _calls(prompt, branches)]
+    calls = [
+        call
+        for prompt, branches in segments.pairs
+        for call in _calls(prompt, branches, [b for b in blocks if b.start in prompt])
+    ]
     plan = Plan(calls, segments.longest, input_ids.device)
     made = input_ids.new_empty(1, 1, 1, 1, dtype=torch.bool)  # a mask of four dimensions is taken as it is: none is made
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": made, "mmpo_plan": plan}
     hidden = _states(model, inputs | model_inputs)
-    layers = config.get_text_config().num_hidden_layers - skipped
+    layers = config.num_hidden_layers - skipped
     if plan.layers != layers:
         raise ValueError(f"{plan.layers} of {layers} layers computed the packed row's attention: score with layout: padded")
     return hidden[0]
@@ -204,10 +224,10 @@ def why_not(model: nn.Module, longest: int = 0) -> str | None:
     if window and longest > window and "sliding_attention" in kinds:
         return f"its sliding window of {window} tokens is shorter than the longest row of {longest}"
     if inner not in _tried:
-        own = inner.config._attn_implementation
+        own = config._attn_implementation
         _tried[inner] = _trial(model)
         if _tried[inner]:  # its own may be one that sdpa cannot stand in for
-            inner.config._attn_implementation = own
+            config._attn_implementation = own
     return _tried[inner]
 
 

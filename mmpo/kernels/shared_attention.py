@@ -1,7 +1,8 @@
 """The attention of a packed row, forward and backward, from kernels that give and take log-sum-exps.
 
-Every row is a query of one causal call on its own stretch of the packed row; rows of further branches are also queries of one
-call on their prompt. Softmax over the union of two sets of keys is the average of the parts' outputs with weights
+Every row is a query of one call on its own stretch of the packed row, causal but for stretches whose tokens see each other in
+both directions; rows of further branches, and of a prompt behind such a stretch, are also queries of one call on what is
+before them. Softmax over the union of two sets of keys is the average of the parts' outputs with weights
 exp(lse_part - lse), lse = log(exp(lse_1) + exp(lse_2)) (Rabe and Staats, arXiv 2112.05682), and the gradient of a part is its
 kernel's own, given the folded output and log-sum-exp (as in ring attention, arXiv 2310.01889). So there is no mask, no
 concatenation of keys and nothing to keep but the packed query, key, value, output and log-sum-exp.
@@ -29,7 +30,10 @@ _varlen_backward = torch.ops.aten._flash_attention_backward
 
 
 class Call(NamedTuple):
-    """One attention call: which queries look at which keys of the row, causally (both are the same then) or fully."""
+    """One attention call: which queries look at which keys of the row, causally (both are the same then) or fully.
+
+    One whose queries are its keys is a stretch of the row looking at itself.
+    """
 
     rows: slice
     keys: slice
@@ -48,15 +52,17 @@ class Lengths(NamedTuple):
 
 
 class Plan:
-    """The attention calls of one forward pass, the same in every layer. The causal calls' rows tile the packed row.
+    """The attention calls of one forward pass, the same in every layer. Calls of stretches on themselves tile the packed row.
 
-    longest: the farthest any token looks back, in tokens. layers: how many layers have run the calls, counted by them.
+    own: these, first to last. blocks: those of them that are not causal. cross: calls on what is before their rows. longest:
+    the farthest any token looks back, in tokens. layers: how many layers have run the calls, counted by them.
     """
 
     def __init__(self, calls: Iterable[Call], longest: int, device: torch.device) -> None:
         calls = list(calls)
-        self.own = [call for call in calls if call.causal]
-        self.cross = [call for call in calls if not call.causal]
+        self.own = [call for call in calls if call.rows == call.keys]
+        self.blocks = [call for call in self.own if not call.causal]
+        self.cross = [call for call in calls if call.rows != call.keys]
         self.longest = longest
         self.device = device
         self.layers = 0
@@ -64,11 +70,17 @@ class Plan:
     @cached_property
     def own_lengths(self) -> Lengths:
         """The causal calls as one."""
-        return _lengths(self.own, self.device)
+        return _lengths([call for call in self.own if call.causal], self.device)
+
+    @cached_property
+    def part_lengths(self) -> list[tuple[Lengths, bool]]:
+        """The calls of stretches on themselves as one causal call and one that is not, where there are such."""
+        causal = [(self.own_lengths, True)] if len(self.blocks) < len(self.own) else []
+        return [*causal, (_lengths(self.blocks, self.device), False)]
 
     @cached_property
     def cross_lengths(self) -> Lengths:
-        """The calls of further branches on their prompts as one."""
+        """The calls on what is before, as one."""
         return _lengths(self.cross, self.device)
 
 
@@ -122,8 +134,8 @@ def _forward_calls(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale:
     out = query.new_empty(1, length, heads, value.shape[-1])
     o = out[0].transpose(0, 1).unflatten(0, q.shape[:2])
     lse = torch.empty(q.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    for rows, keys, _ in plan.own:
-        o[:, :, rows], lse[:, :, rows] = _kernel(q[:, :, rows], k[:, :, keys], v[:, :, keys], True, scale)
+    for rows, keys, is_causal in plan.own:
+        o[:, :, rows], lse[:, :, rows] = _kernel(q[:, :, rows], k[:, :, keys], v[:, :, keys], is_causal, scale)
     for rows, keys, _ in plan.cross:
         part, part_lse = _kernel(q[:, :, rows], k[:, :, keys], v[:, :, keys], False, scale)
         o[:, :, rows], lse[:, :, rows] = _fold(o[:, :, rows], lse[:, :, rows], part, part_lse)
@@ -148,7 +160,7 @@ def _backward_calls(
         parts = _kernel_backward(g[at], q[at], k[:, :, keys], v[:, :, keys], o[at], lse[at], is_causal, scale)
         summed = parts[0], parts[1].sum(1), parts[2].sum(1)
         for whole, part in zip((grouped[at], dk[0][:, keys], dv[0][:, keys]), summed, strict=True):
-            whole.copy_(part) if is_causal else whole.add_(part)  # the causal calls come first and leave no row out
+            whole.copy_(part) if rows == keys else whole.add_(part)  # these calls come first and leave no row out
     return dq, dk, dv
 
 
@@ -204,9 +216,16 @@ def _scores(q: Tensor, k: Tensor, first: int | None, scale: float) -> Tensor:
 
 
 def _forward_lengths(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """Two kernel calls per layer for the whole row, however many pairs. Log-sum-exps (H, L)."""
+    """Two kernel calls per layer for the whole row, however many pairs, or three (`Plan.blocks`). Log-sum-exps (H, L)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, lse = _varlen(q, k, v, *plan.own_lengths[2:], 0.0, True, return_debug_mask=False, scale=scale)[:2]
+    if plan.blocks:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q), dtype=wide, device=q.device)
+        for (rows, keys, *lengths), is_causal in plan.part_lengths:
+            given = (q[rows], k[keys], v[keys], *lengths, 0.0, is_causal)
+            out[rows], lse[:, rows] = _varlen(*given, return_debug_mask=False, scale=scale)[:2]
+    else:
+        out, lse = _varlen(q, k, v, *plan.own_lengths[2:], 0.0, True, return_debug_mask=False, scale=scale)[:2]
     if plan.cross:
         rows, keys, *lengths = plan.cross_lengths
         part, part_lse = _varlen(q[rows], k[keys], v[keys], *lengths, 0.0, False, return_debug_mask=False, scale=scale)[:2]
@@ -221,11 +240,15 @@ def _backward_lengths(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     g, o = grad[0], out[0]
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    dq, dk, dv = _varlen_backward(g, q, k, v, o, lse, *plan.own_lengths[2:], 0.0, True, *no_dropout, scale=scale)
-    if plan.cross:
-        rows, keys, *lengths = plan.cross_lengths
+    if plan.blocks:
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        calls = plan.part_lengths
+    else:
+        dq, dk, dv = _varlen_backward(g, q, k, v, o, lse, *plan.own_lengths[2:], 0.0, True, *no_dropout, scale=scale)
+        calls = []
+    for (rows, keys, *lengths), is_causal in [*calls, *([(plan.cross_lengths, False)] if plan.cross else [])]:
         given = (g[rows], q[rows], k[keys], v[keys], o[rows], lse[:, rows].contiguous())
-        parts = _varlen_backward(*given, *lengths, 0.0, False, *no_dropout, scale=scale)
+        parts = _varlen_backward(*given, *lengths, 0.0, is_causal, *no_dropout, scale=scale)
         for whole, index, part in zip((dq, dk, dv), (rows, keys, keys), parts, strict=True):
             whole.index_add_(0, index, part)
     return dq.transpose(0, 1)[None], dk.transpose(0, 1)[None], dv.transpose(0, 1)[None]

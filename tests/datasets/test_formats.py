@@ -95,7 +95,7 @@ def pick(tmp_path: Path, photos: dict[str, np.ndarray]) -> Path:
 SKIPPED = {"tie": 2, "identical sides": 1, "are_different is false": 1, "has_label is false": 1}
 REFUSED = {
     "missing prompt": 2, "bad label_0": 1, "missing label_0": 1, "label_0 not finite": 1, "bad label_1": 2, "missing image": 2,
-    "undecodable image": 3, "bad weight": 1,
+    "undecodable image": 2, "animated image": 1, "bad weight": 1,
 }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_validate_lists_everything(pick: Path) -> None:
     lines = report.lines()
     assert lines[2] == "pick.parquet:row 25 field 'label_0': expected a number from 0 to 1, found 2.0"
     assert lines[4] == "pick.parquet:row 27 field 'label_1': expected 0, as label_0 is 1, found 1.0"
-    assert "refused 3: undecodable image" in str(report) and "animated" in str(report)
+    assert "refused 2: undecodable image" in str(report) and "animated" in str(report)
     assert report.ledger.skipped == SKIPPED and report.ledger.refused == REFUSED
 
 

@@ -223,7 +223,7 @@ SPOILT: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"prompt": " ", "chosen": GOOD, "rejected": BAD}, "missing prompt"),
     ("trl", {"prompt": Q, "chosen": 4, "rejected": BAD}, "wrong type of chosen"),
     ("trl", {"prompt": Q, "chosen": "\ud800", "rejected": BAD}, "not Unicode"),
-    ("trl", {"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": ["a.png"]}, "row with media"),
+    ("trl", {"prompt": Q, "chosen": GOOD, "rejected": BAD, "videos": ["a.mp4"]}, "row with media"),
     ("trl", {"prompt": Q, "completion": GOOD, "label": None}, "missing label"),
     ("trl", {"prompt": "else", "chosen": said(ASKED, RIGHT), "rejected": said(ASKED, WRONG)}, "prompt of another conversation"),
     ("trl", {"prompt": said(ASKED), "chosen": said(("user", "?")), "rejected": said(WRONG)}, "answer by somebody else"),
@@ -231,7 +231,7 @@ SPOILT: list[tuple[str, dict[str, Any], str]] = [
     ("trl", {"prompt": said(ASKED), "chosen": [said(RIGHT)[0] | {"tool_calls": [1]}], "rejected": said(WRONG)},
      "message with more than text"),
     ("trl", {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": said(RIGHT), "rejected": said(WRONG)},
-     "message with more than text"),
+     "placeholder count"),
     ("trl", {"prompt": Q, "chosen": GOOD, "rejected": BAD, "spans": {"chosen": [[3, 1, 0.5]]}}, "bad spans"),
     ("trl", {"prompt": Q, "chosen": GOOD, "rejected": BAD, "chosen_probability": 1.5}, "bad chosen_probability"),
     ("trl", {"chosen": said(ASKED, RIGHT, ("user", "a"), RIGHT), "rejected": said(ASKED, RIGHT, ("user", "b"), RIGHT)},
@@ -316,7 +316,7 @@ def test_what_a_format_cannot_say_is_refused_or_counted(tmp_path: Path) -> None:
         "meta 'from' left out: no place for it in llmbar": 1,
     }
     with pytest.raises(DataError, match="holds image, text"):
-        write_trl([Pair("i", (text(Q),), (image(b"1"),), (image(b"2"),))], tmp_path / "y.jsonl")
+        write_hh_rlhf([Pair("i", (text(Q),), (image(b"1"),), (image(b"2"),))], tmp_path / "y.jsonl")
     with pytest.raises(DataError, match="'Human:' or 'Assistant:'"):
         write_hh_rlhf([Pair("h", (text("a\n\nHuman: b"),), (text("c"),), (text("d"),))], tmp_path / "y.jsonl")
     assert {p.name for p in tmp_path.iterdir()} == {"x.jsonl", "y.jsonl"}  # nothing half-written
@@ -390,7 +390,7 @@ def test_parquet_csv_gzip_and_lists(tmp_path: Path) -> None:
     assert len(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).splitlines()) == 2
     assert len(json.loads((tmp_path / "a.json").read_text())) == 2
     with pytest.raises(DataError, match=r"a name that ends in .jsonl, .jsonl.gz or .json"):
-        write_trl([pair], tmp_path / "a.parquet")
+        write_swift([pair], tmp_path / "a.parquet")
     assert write_trl([], tmp_path / "empty.json") == 0 and json.loads((tmp_path / "empty.json").read_text()) == []
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmpo import media
+from mmpo.datasets.worlds import collages
 from mmpo.datasets.worlds import shapes as world
 from mmpo.find import find, names
 from mmpo.judges.aesthetic import load_head
@@ -85,11 +86,12 @@ def options(name: str, folder: Path) -> dict[str, Any]:
         "pickscore": {"path": folder / "pickscore"},
         "sums": {},
         "sentiment": {},
+        "collages": {},
     }
     return every[name]
 
 
-OF_TEXT = {"sums", "sentiment"}  # judges of answers in words
+OF_TEXT = {"sums", "sentiment", "collages"}  # judges of answers in words
 SAID = [("12+34=", "46"), ("50+25=", " 75\n"), ("19+19=", "28, a good guess"), ("99+99=", "")]
 Rows = tuple[list[tuple[Block, ...]], list[tuple[Block, ...]]]
 
@@ -99,6 +101,12 @@ def prompts_and_answers() -> tuple[list[tuple[Block, ...]], list[tuple[Block, ..
     pixels = [(world.render(c, rng) * 255).astype(np.uint8) for c in CAPTIONS]
     blocks = [image(p) if i % 2 else image(media.encode(p)) for i, p in enumerate(pixels)]
     return [(text(c),) for c in CAPTIONS], [(b,) for b in blocks]
+
+
+def seen_digits(place: int) -> tuple[Block, ...]:
+    """Pictures of a 0, a 1, a 2 and a 3, and a question about one of them."""
+    tiles = (np.repeat(collages.digits()[0][i][..., None], 3, -1) for i in (0, 200, 400, 600))
+    return (*map(image, tiles), text(collages.asked(place)))
 
 
 @pytest.fixture(params=names("judges"))
@@ -115,6 +123,8 @@ def judge(name: str, folder: Path) -> Callable:
 
 @pytest.fixture
 def rows(name: str) -> Rows:
+    if name == "collages":
+        return [seen_digits(place) for place in range(4)], [(text(f"It is {d}."),) for d in (0, 0, 9, 3)]
     return ([(text(p),) for p, _ in SAID], [(text(a),) for _, a in SAID]) if name in OF_TEXT else prompts_and_answers()
 
 
@@ -178,6 +188,15 @@ def test_shapes_resizes_and_refuses_weights() -> None:
         find("judges", "shapes")(path="x")
     with pytest.raises(ValueError, match="not a caption of the shapes world"):
         judge([(text("a cat"),)], [(image(pixels),)])
+
+
+def test_collages_tells_right_answers_from_those_of_another_image() -> None:
+    judge = find("judges", "collages")()
+    found = judge([seen_digits(place) for place in range(4)], [(text(f"It is {d}."),) for d in (0, 0, 9, 3)])
+    assert found.scores.tolist() == found.correct.double().tolist() == [1, 0, 0, 1]
+    assert found.rates["wrong_image"].tolist() == [False, True, False, False]
+    with pytest.raises(ValueError, match="needs no weights"):
+        find("judges", "collages")(path="x")
 
 
 def test_sums_is_exact_and_refuses_weights() -> None:

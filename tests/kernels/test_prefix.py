@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -227,7 +228,7 @@ def test_rows_that_make_no_sense_are_refused() -> None:
 # ---- attention
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, blocks: Sequence[range] = ()) -> Tensor:
     """The same by one mask over the whole row, expanded heads and autograd."""
     mask = torch.zeros(segments.length, segments.length, dtype=torch.bool)
     for prompt, branches in segments.pairs:
@@ -235,15 +236,27 @@ def dense(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: 
             for i in part:
                 mask[i, part.start : i + 1] = True
                 mask[i, prompt.start : min(prompt.stop, i + 1)] = True
+    for block in blocks:
+        mask[block.start : block.stop, block.start : block.stop] = True
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def plan_of(segments: Segments) -> Plan:
-    calls = [call for pair in segments.pairs for call in prefix._calls(*pair)]
+def plan_of(segments: Segments, blocks: Sequence[range] = ()) -> Plan:
+    calls = [call for pair in segments.pairs for call in prefix._calls(*pair, [b for b in blocks if b.start in pair[0]])]
     return Plan(calls, segments.longest, torch.device("cpu"))
+
+
+def both_ways(segments: Segments, seed: int) -> list[range]:
+    """Some stretches of the prompts, next to each other as may be, whose tokens see each other in both directions."""
+    chosen = random.Random(seed)
+    found = []
+    for prompt, _ in segments.pairs:
+        ends = sorted(chosen.sample(range(prompt.start, prompt.stop + 1), chosen.randint(0, len(prompt)) // 2 * 2))
+        found += [range(*ends[i : i + 2]) for i in range(0, len(ends), 2)]
+    return found
 
 
 ROWS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 4), max_size=4)), min_size=1, max_size=4).filter(
@@ -254,7 +267,7 @@ ROWS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 4), max_siz
 @given(ROWS, st.sampled_from([(4, 4, 8, 8), (4, 2, 8, 8), (6, 1, 4, 4), (4, 2, 8, 6)]), st.integers(0, 2**31))
 @settings(max_examples=40)
 def test_attention_equals_one_dense_mask(pairs: list, shape: tuple[int, int, int, int], seed: int) -> None:
-    """Any number of pairs and branches, empty prompts and branches, grouped heads, values of another width. In fp64."""
+    """Any number of pairs and branches, empty prompts and branches, stretches that see both ways, grouped heads. In fp64."""
     heads, groups, width, out_width = shape
     segments = pack([torch.zeros(p) for p, _ in pairs], [[torch.zeros(b) for b in bs] for _, bs in pairs], True)[2]
     generator = torch.Generator().manual_seed(seed)
@@ -264,11 +277,12 @@ def test_attention_equals_one_dense_mask(pairs: list, shape: tuple[int, int, int
         return rows.transpose(1, 2).requires_grad_()
 
     given_ = draw(heads, width), draw(groups, width), draw(groups, out_width)
-    plan, tile = plan_of(segments), shared_attention.TILE
+    blocks = both_ways(segments, seed)
+    plan, tile = plan_of(segments, blocks), shared_attention.TILE
     shared_attention.TILE = 2  # more than one tile of queries even here
     try:
         ours = SharedPrompt.apply(*given_, plan, 0.7)
-        theirs = dense(*given_, segments, 0.7)
+        theirs = dense(*given_, segments, 0.7, blocks)
         weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
         pairs_of_gradients = zip(*(torch.autograd.grad(x, given_, weights) for x in (ours, theirs)), strict=True)
     finally:
@@ -310,11 +324,11 @@ def one_by_one_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 @given(ROWS, st.integers(0, 2**31))
 @settings(max_examples=15)
 def test_one_call_for_many_lengths_equals_one_per_part(pairs: list, seed: int) -> None:
-    """The way of CUDA, its kernel played by a plain one: two calls per layer for the whole row."""
+    """The way of CUDA, its kernel played by a plain one: two calls per layer for the whole row, three with such stretches."""
     segments = pack([torch.zeros(p) for p, _ in pairs], [[torch.zeros(b) for b in bs] for _, bs in pairs], True)[2]
     generator = torch.Generator().manual_seed(seed)
     q, k, v, g = (torch.randn(1, n, segments.length, 4, generator=generator, dtype=torch.float64) for n in (4, 2, 2, 4))
-    plan, g = plan_of(segments), g.transpose(1, 2)
+    plan, g = plan_of(segments, both_ways(segments, seed)), g.transpose(1, 2)
     kernels = shared_attention._varlen, shared_attention._varlen_backward
     shared_attention._varlen, shared_attention._varlen_backward = one_by_one, one_by_one_backward  # type: ignore[assignment]
     try:

@@ -39,7 +39,7 @@ SIDES = {"chosen": CHOSEN, "rejected": REJECTED}
 
 def at(name: str, sides: dict[str, Side] = SIDES, **keywords: Any) -> float:
     loss = getattr(import_module(f"mmpo.losses.{name}"), name)
-    roles = ("chosen",) if name == "nll" else ("chosen", "rejected")
+    roles = ("chosen",) if name in ("nll", "reward_anchor") else ("chosen", "rejected")
     return loss(*(sides[r] for r in roles), **keywords).loss.item()
 
 
@@ -74,6 +74,8 @@ def at(name: str, sides: dict[str, Side] = SIDES, **keywords: Any) -> float:
         ("aot", {"beta": 0.1, "label_smoothing": 0.1}, 0.618138869),
         ("aot_unpaired", {"beta": 0.1}, 0.598138869),
         ("nll", {}, 2.0),
+        ("reward_anchor", {"beta": 0.1}, 0.644396660),
+        ("reward_anchor", {"beta": 0.1, "delta": 0.5}, 0.913015252),
         ("nll", {"length_norm": "sum"}, 12.0),
     ],
 )

@@ -29,7 +29,7 @@ from tests.modalities import adapters, tiny, tiny_text
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules(mmpo.losses.__path__))
 OF_TOKENS, OF_DENOISERS = {"tdpo1", "tdpo2", "wpo"}, {"err_anchor", "mapo"}
-OF_ONE_SIDE = {"nll", "err_anchor", "kto", "bco_unpaired"}
+OF_ONE_SIDE = {"nll", "err_anchor", "kto", "bco_unpaired", "reward_anchor"}
 WITHOUT_LINK = OF_DENOISERS | {"aot", "aot_unpaired", "cpo", "nll", "orpo", "simpo", "slic", "tdpo1", "tdpo2"}
 LAYOUTS = ("shared", "packed", "padded")
 
@@ -136,7 +136,7 @@ def test_every_recipe_fits_its_modality(name: str) -> None:
     resolved = recipes.load(name)
     recipe, adapter = resolved.recipe, find("modalities", resolved.recipe.modality)
     objective = launch.build_objective(resolved)
-    objective.check(adapter.PROVIDES, adapter.branches, recipe.reference.kind != "none")
+    objective.check(adapter.PROVIDES, launch.branches_of(adapter, objective), recipe.reference.kind != "none")
     tiers.check(recipe.reference.cache, objective, adapter.PROVIDES)
 
 

@@ -18,7 +18,8 @@ from mmpo.objective import DIVERGENCES
 from mmpo.pair import Pair
 from mmpo.reference import AdapterOff
 from mmpo.scores import Scores
-from tests.modalities import tiny, tiny_text
+from tests import vlm_families
+from tests.modalities import tiny, tiny_text, tiny_vlm
 from tests.modalities.adapters import adapter, perturb
 
 
@@ -30,7 +31,11 @@ def text(folder: Path) -> Any:
     return tiny_text.adapter(tiny_text.make(folder), sample={"max_new_tokens": 12})
 
 
-TINY: dict[str, Callable[[Path], Any]] = {"diffusion": diffusion, "text": text}
+def vlm(folder: Path) -> Any:
+    return tiny_vlm.adapter(vlm_families.make("llava", folder), sample={"max_new_tokens": 12})
+
+
+TINY: dict[str, Callable[[Path], Any]] = {"diffusion": diffusion, "text": text, "vlm": vlm}
 RANDOM = {"diffusion"}  # whose draws differ from one index to the next
 FEATURES = [n for n, v in vars(Modality).items() if inspect.isfunction(v) and not n.startswith("_")]
 

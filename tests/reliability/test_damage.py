@@ -14,7 +14,9 @@ from accelerate.utils import set_seed
 from mmpo import launch
 from mmpo.checkpoint import _damage
 from mmpo.errors import RunFailed
-from mmpo.train import Run, load_best, resume, train
+from mmpo.progress import Run
+from mmpo.saving import load_best, resume
+from mmpo.train import train
 from tests.killed_runs import JUDGE, content, differences, fork, outcome, ready, run_server, stop_at
 from tests.reliability.counters import FULL, counter
 from tests.test_checkpoint import damages

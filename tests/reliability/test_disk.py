@@ -17,7 +17,9 @@ from accelerate.utils import set_seed
 
 from mmpo import cli
 from mmpo.checkpoint import clear_leftovers, load_latest
-from mmpo.train import Run, resume, train
+from mmpo.progress import Run
+from mmpo.saving import resume
+from mmpo.train import train
 from tests.killed_runs import JUDGE, content, fork, ready, run_server, stop_at
 from tests.reliability.counters import FULL, counter
 from tests.tiny_run import line_run, make_world, settings

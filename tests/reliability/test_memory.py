@@ -14,7 +14,9 @@ from mmpo import launch, memory, train
 from mmpo import reference as references
 from mmpo.cache import digest_module
 from mmpo.errors import RunFailed
+from mmpo.progress import Run
 from mmpo.runlog import read
+from mmpo.saving import resume
 from tests import tiny_run
 from tests.reliability.counters import counter
 from tests.tiny_run import line_run
@@ -38,7 +40,7 @@ def failing(function: Callable[..., Any], when: Callable[..., bool], error: Base
     return called
 
 
-def steps(run: train.Run, count: int) -> torch.Tensor:
+def steps(run: Run, count: int) -> torch.Tensor:
     for _ in range(count):
         train.advance(run)
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
@@ -119,7 +121,7 @@ def test_a_halved_run_is_taken_up_halved(tmp_path: Path) -> None:
     run.progress.halvings = 1
     train.train(run, until=1)
     again, _ = launch.build(resolved, tmp_path / "run", launch.build_objective(resolved))
-    assert train.resume(again) and again.progress.halvings == 1 and train.split(again) == (2, 2)
+    assert resume(again) and again.progress.halvings == 1 and train.split(again) == (2, 2)
 
 
 def test_evaluation_says_what_makes_it_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

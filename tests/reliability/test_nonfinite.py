@@ -16,9 +16,10 @@ from mmpo import launch
 from mmpo import reference as references
 from mmpo.cache import digest_module
 from mmpo.errors import RunFailed
+from mmpo.progress import Run
 from mmpo.runlog import read
 from mmpo.scores import Scores
-from mmpo.train import Run, advance, order
+from mmpo.train import advance, order
 from tests import tiny_run
 from tests.reliability.counters import FULL, counter
 

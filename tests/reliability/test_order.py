@@ -10,6 +10,7 @@ import pytest
 
 from mmpo import train
 from mmpo.pair import Pair, text
+from mmpo.progress import Progress
 from mmpo.schema import Recipe
 from tests.reliability.counters import counter
 
@@ -21,7 +22,7 @@ def fake(seed: int, world: int, rank: int, accumulate: int = 1, size: int = PAIR
     spec = Recipe.model_validate({"seed": seed, "train": {"batch_size": BATCH, "accumulate": accumulate}})
     pairs = [Pair(str(n), (text("p"),)) for n in range(size)]
     devices = SimpleNamespace(num_processes=world, process_index=rank)
-    return SimpleNamespace(recipe=spec, accelerator=devices, pairs=pairs, progress=train.Progress())
+    return SimpleNamespace(recipe=spec, accelerator=devices, pairs=pairs, progress=Progress())
 
 
 def ids(runs: list[Any], first: int, until: int) -> list[tuple[str, int]]:

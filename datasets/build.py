@@ -1,0 +1,264 @@
+"""`mmpo pairs NAME`: from a source and a builder to a folder of pairs, the same bytes however often it was killed on the way.
+
+The source is read in parts of 32 records; each part goes through the builder's stages, on this process or on Ray's workers,
+and is stored when it is done. At the end the parts become one table, and build.json says how it was made and what became of
+every row of the source and every record of the builder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from mmpo import __version__, find, network
+from mmpo.checkpoint import write_atomic
+from mmpo.datasets.builder_options import ROOM, ToolChoice, as_json, module_of, options_of
+from mmpo.datasets.ledger import Ledger, Policy
+from mmpo.datasets.media_store import MediaStore
+from mmpo.datasets.ray_executor import Made, Part, RayExecutor
+from mmpo.datasets.shards import FOLDER, Shards, inputs_digest
+from mmpo.datasets.sources import records
+from mmpo.datasets.stages import Record, Stage, execute
+from mmpo.datasets.tables import kind_of, parquet_files
+from mmpo.datasets.tools import Tools
+from mmpo.errors import RecipeError
+from mmpo.lock import RunLock
+from mmpo.pair import Pair
+
+PART = 32  # records of the source
+STORY = "build.json"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. options: `key=value` words of the builder. limit: read only so many records of the source."""
+
+    builder: str
+    data: Path
+    out: Path
+    options: tuple[str, ...] = ()
+    format: str | None = None
+    root: Path | None = None
+    tools: ToolChoice = ToolChoice()
+    seed: int = 0
+    on_bad: Policy = "skip"
+    limit: int | None = None
+    executor: Literal["local", "ray"] = "local"
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("limit", 1)):
+            if (given := getattr(self, name)) is not None and given < least:
+                raise RecipeError(f"{name}: expected at least {least}, found {given}")
+        if self.executor not in ("local", "ray"):
+            raise RecipeError(f"executor: expected local or ray, found {self.executor!r}")
+
+
+@dataclass
+class Maker:
+    """Makes the pairs of a part. pool: what the builder's `prepare` returned. Sent elsewhere, it loads tools of its own."""
+
+    builder: str
+    options: Mapping[str, Any]
+    choice: ToolChoice
+    seed: int
+    pool: Any = None
+
+    @cached_property
+    def tools(self) -> Tools:
+        network.close()
+        find.PLUGINS.update(self.choice.plugins)
+        return self.choice.make()
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        pool = {} if self.pool is None else {"pool": self.pool}
+        found: list[Stage] = find.find(ROOM, self.builder)(self.tools, **self.options, **pool)
+        return found
+
+    def pairs(self, items: Iterable[Record], ledger: Ledger) -> Iterator[Pair]:
+        """The pairs of some records, one at a time, provenance in their meta."""
+        for record in execute(items, self.stages, seed=self.seed, ledger=ledger):
+            pair = record.fields.get("pair")
+            if not isinstance(pair, Pair):
+                raise ValueError(
+                    f"builder {self.builder}: record {record.id}: its last stage left no Pair under fields['pair']"
+                )
+            yield replace(pair, meta={**pair.meta, "provenance": [dict(entry) for entry in record.provenance]})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("tools", "stages")}
+
+
+class LocalExecutor:
+    """One part after the other, in this process."""
+
+    def run(self, maker: Maker, parts: Iterable[Part]) -> Iterator[Made]:
+        for number, inputs, items in parts:
+            ledger = Ledger("skip")
+            yield number, inputs, maker.pairs(items, ledger), ledger
+
+
+def build(order: Order) -> dict[str, Any]:
+    """Make the pairs of an order in the folder `order.out`, or what is missing of them; returns what build.json says.
+
+    Raises RecipeError for an unknown builder, option or tool and for a folder that holds something else, DataError for a
+    source that cannot be read and, with on_bad "refuse", at its first bad row.
+    """
+    options = options_of(order.builder, order.options)
+    order.tools.check(order.builder, module_of(order.builder).NEEDS)
+    settings = _settings(order, options)
+    if (story := _finished(order.out, settings)) is not None:
+        return story
+    shards = Shards(order.out)
+    if order.out.exists() and not shards.folder.exists() and any(order.out.iterdir()):
+        raise RecipeError(f"--out {order.out}: expected a new or an empty folder, found one that holds something else")
+    with RunLock(shards.folder):
+        _take(shards, settings)
+        maker = Maker(order.builder, options, order.tools, order.seed)
+        total = _prepare(order, maker)
+        ledger = Ledger(order.on_bad)
+        count = _make_parts(order, maker, shards, ledger, total)
+        made = Ledger("skip")
+        module = module_of(order.builder)
+        select = partial(module.selection, **options) if hasattr(module, "selection") else None
+        pairs = shards.merge(count, made, getattr(module, "TABLES", ("pairs",)), select)
+        story = settings | {"pairs": pairs, "source": ledger.counts(), "records": made.counts()}
+        story["examples"] = {"source": dict(ledger.examples), "records": dict(made.examples)}
+        if ledger.quarantined:
+            write_atomic(order.out / "quarantine.jsonl", ledger.quarantine())
+        write_atomic(order.out / STORY, (json.dumps(story, indent=1, ensure_ascii=False) + "\n").encode())
+    shutil.rmtree(shards.folder)
+    return story
+
+
+def _settings(order: Order, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pairs depend on, as JSON: not where they are written, nor by how many workers."""
+    module = module_of(order.builder)
+    code = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    settings = {
+        "builder": order.builder, "options": as_json(options), "seed": order.seed, "tools": order.tools.told(),
+        "data": str(order.data), "format": order.format, "root": None if order.root is None else str(order.root),
+        "limit": order.limit, "on_bad": order.on_bad, "mmpo": __version__, "code": code,
+    }  # fmt: skip
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What build.json says, if the folder holds the pairs that are asked for."""
+    if not (out / STORY).is_file() or (out / FOLDER).exists():
+        return None
+    story: dict[str, Any] = json.loads((out / STORY).read_text(encoding="utf-8"))
+    _same(out, {name: story.get(name) for name in settings}, settings)
+    return story
+
+
+def _take(shards: Shards, settings: Mapping[str, Any]) -> None:
+    """Begin a build, or go on with the one that was begun with the same settings."""
+    note = shards.folder / "settings.json"
+    if note.is_file() and any(shards.folder.glob("0*.json")):  # before the first part is there, nothing can be mixed
+        _same(shards.out, json.loads(note.read_text(encoding="utf-8")), settings)
+    write_atomic(note, json.dumps(settings).encode())
+    for rest in (*shards.out.glob("media/.*.tmp-*"), *shards.folder.glob(".*.tmp-*")):
+        rest.unlink()  # of a process that was killed while it wrote
+
+
+def _same(out: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises RecipeError, naming the settings, for a folder that was made or begun with others."""
+    differ = [
+        f"{name} was {earlier.get(name)!r}, is {settings[name]!r}" for name in settings if earlier.get(name) != settings[name]
+    ]
+    if differ:
+        raise RecipeError([f"--out {out} holds pairs made with other settings; give another folder", *differ])
+
+
+def _prepare(order: Order, maker: Maker) -> int | None:
+    """Let the builder see the whole source, if it wants to; returns the number of records where it is known by then."""
+    prepare: Callable[..., Any] | None = getattr(module_of(order.builder), "prepare", None)
+    if prepare is None:
+        return None
+    root = order.root or (order.data if order.data.is_dir() else order.data.parent)
+    store = MediaStore(order.out / FOLDER / "source", root)
+    seen = _Counted(tqdm(_source(order, Ledger(order.on_bad)), desc="read", unit="record"))
+    maker.pool = prepare(seen, maker.tools, media=store, seed=order.seed, **maker.options)
+    return seen.count
+
+
+class _Counted:
+    """An iterable that knows how many items it gave."""
+
+    def __init__(self, items: Iterable[Record]) -> None:
+        self.items, self.count = items, 0
+
+    def __iter__(self) -> Iterator[Record]:
+        for item in self.items:
+            self.count += 1
+            yield item
+
+
+def _source(order: Order, ledger: Ledger) -> Iterator[Record]:
+    return itertools.islice(records(order.data, ledger, format=order.format, root=order.root), order.limit)
+
+
+def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, total: int | None) -> int:
+    """Make the parts that are not there yet; returns how many there are."""
+    executor = RayExecutor(order.workers) if order.executor == "ray" else LocalExecutor()
+    sizes: list[int] = []
+    with tqdm(total=total if total is not None else row_count(order.data), desc=order.builder, unit="record") as bar:
+
+        def missing() -> Iterator[Part]:
+            source = _source(order, ledger)
+            while items := list(itertools.islice(source, PART)):
+                number, inputs = len(sizes), inputs_digest(items)
+                sizes.append(len(items))
+                if shards.holds(number, inputs):
+                    bar.update(len(items))
+                else:
+                    yield number, inputs, items
+
+        for number, inputs, pairs, made in executor.run(maker, missing()):
+            shards.write(number, inputs, pairs, made)
+            bar.update(sizes[number])
+            bar.set_postfix_str(f"{made.used} of {made.rows} in the last part", refresh=False)
+    return len(sizes)
+
+
+def row_count(path: Path) -> int | None:
+    """About how many rows a source has, for the time that is left; None where that would take reading it."""
+    kind = kind_of(path)
+    if kind == "parquet":
+        return sum(pq.ParquetFile(part).metadata.num_rows for part in parquet_files(path))
+    if kind != "jsonl" or path.suffix == ".gz":
+        return None
+    with open(path, "rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+def lines(story: Mapping[str, Any]) -> list[str]:
+    """What became of every row and record, to print."""
+    source, made = story["source"], story["records"]
+    found = [f"source: {_sum(source)}", *_reasons(source, story["examples"]["source"])]
+    return [*found, f"{story['builder']}: {_sum(made)}, {story['pairs']} pairs", *_reasons(made, story["examples"]["records"])]
+
+
+def _sum(counts: Mapping[str, Any]) -> str:
+    skipped, refused = (sum(counts[name].values()) for name in ("skipped", "refused"))
+    return f"{counts['rows']} = {counts['used']} used + {skipped} skipped + {refused} refused"
+
+
+def _reasons(counts: Mapping[str, Any], examples: Mapping[str, list[str]]) -> Iterator[str]:
+    for kind in ("skipped", "refused"):
+        for reason, count in counts[kind].items():
+            yield f"  {kind} {count}: {reason} (e.g. {', '.join(examples.get(reason, []))})"
+    yield from (f"  note {count}: {reason}" for reason, count in counts["notes"].items())
