@@ -40,14 +40,18 @@ def fresh_pairs(run: Run, data: Prepared, number: int) -> None:
         run.progress.round = number
         save(run)
     groups, _ = load_candidates(path)
-    run.pairs, dropped = pair_candidates(run.recipe, [c for g in groups.values() for c in g], run.judge)
-    run.pairs, limits = run.modality.admit(run.pairs)
-    if not run.pairs:
+    own, dropped = pair_candidates(run.recipe, [c for g in groups.values() for c in g], run.judge)
+    own, limits = run.modality.admit(own)
+    if not own:
         raise RunFailed(
             f"round {number}: the judge told no two of the policy's own samples apart (dropped: {dropped}); "
             "raise train.round_candidates or train.round_prompts, or lower data.pairing.margin"
         )
-    say(run, f"round {number}: {len(run.pairs)} pairs of the policy's own samples; dropped: {dropped | dict(limits) or 'none'}")
+    known = {pair.id for pair in own}
+    given = run.modality.admit(data.train)[0] if run.recipe.train.round_keeps_data else []
+    run.pairs = own + [pair for pair in given if pair.id not in known]
+    kept = f" and {len(run.pairs) - len(own)} of the data's" if given else ""
+    say(run, f"round {number}: {len(own)} pairs of the policy's own samples{kept}; dropped: {dropped | dict(limits) or 'none'}")
 
 
 def _start_over(run: Run) -> None:

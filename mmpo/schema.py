@@ -230,6 +230,9 @@ class TrainConfig(Section):
     rounds: Count = Field(default=1, description="rounds of sample, judge, pair and train; 1: train on the given pairs only")
     round_prompts: Count = Field(default=256, description="rounds > 1: training prompts sampled at the start of a round")
     round_candidates: Count = Field(default=6, description="rounds > 1: samples of each of them")
+    round_keeps_data: bool = Field(
+        default=False, description="rounds > 1: later rounds train on the given pairs as well, not on fresh ones alone"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="a loss or gradient that is not finite: stop, or skip the step"
     )

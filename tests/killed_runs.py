@@ -74,8 +74,9 @@ def serve(world: str, seed: int, words: Sequence[str], runs: int, low: float, hi
 
     Each kill of a run falls uniformly into `low`..`high` of the undisturbed run's duration; there are up to `most` of them,
     as long as the run does not end before. Where the machine was faster this time and the run had ended before its first
-    kill, the run is done again with an earlier one. Every attempt has to go on from the newest
-    checkpoint that the one before had left: starting over would end with the same bits, too. Prints what happened as JSON.
+    kill, that is its duration from then on, and the run is done again with an earlier kill. Every attempt has to go on from
+    the newest checkpoint that the one before had left: starting over would end with the same bits, too. Prints what happened
+    as JSON.
     """
     from mmpo import launch
 
@@ -100,9 +101,11 @@ def serve(world: str, seed: int, words: Sequence[str], runs: int, low: float, hi
     killed = trial = 0
     while trial < runs or killed < kills:
         name, moment = f"killed-{trial}", moments.uniform(low, high) * duration
+        began = time.monotonic()
         while attempt(name, moment) != -signal.SIGKILL:
+            duration = min(duration, time.monotonic() - began)
             shutil.rmtree(base / name)
-            moment *= 0.9
+            moment, began = min(moments.uniform(low, high) * duration, 0.9 * moment), time.monotonic()
         statuses = [-signal.SIGKILL]
         while statuses[-1] == -signal.SIGKILL and len(statuses) < most:
             statuses.append(attempt(name, moments.uniform(low, high) * duration))
@@ -121,8 +124,13 @@ def saved_step(run: Path) -> int | None:
 def fork(work: Callable[[], int], said: Path, kill_after: float | None = None) -> int:
     """Exit status of `work` in a child process, -9 when it was killed after so many seconds. said: where it prints."""
     child = begin(work, said)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    deadline = None if kill_after is None else time.monotonic() + kill_after
+    while deadline is not None and time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(min(0.002, max(0.0, deadline - time.monotonic())))
+    if deadline is not None:
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -334,13 +335,18 @@ def test_without_held_out_pairs_the_last_weights_count(launch: Launch) -> None:
     assert cli.main(["export", str(folder)]) == 0
 
 
-def test_two_rounds(launch: Launch, data: Any) -> None:
-    """Round 2 trains on the policy's own samples, ranked by the shapes world's exact judge."""
+@pytest.mark.parametrize("keeps", [False, True])
+def test_two_rounds(launch: Launch, data: Any, keeps: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Round 2 trains on the policy's own samples, ranked by the shapes world's exact judge, and if asked on the data too."""
     captions = shapes.captions()[::150]
     folder = launch(
         "sd", "model.resolution=64", "model.sample_steps=2", "model.guidance=1", "judge.name=shapes", "train.rounds=2",
         "train.round_prompts=3", "train.round_candidates=4", "data.pairing={strategy: best_worst}", "eval.prompts=1",
-        "eval.seeds=1", "eval.test_prompts=1", "eval.test_seeds=1", path=data(captions),
+        "eval.seeds=1", "eval.test_prompts=1", "eval.test_seeds=1", f"train.round_keeps_data={keeps}", path=data(captions),
     )  # fmt: skip
+    told = capsys.readouterr().out
+    found = re.search(r"round 2: (\d+) pairs of the policy's own samples(?: and (\d+) of the data's)?; dropped", told)
+    assert found and (found[2] is not None) == keeps, told
+    assert int(found[1]) + int(found[2] or 0) == summary(folder)["pairs"]["train"]
     assert summary(folder)["steps"] == 4 and (folder / "rounds" / "2.parquet").is_file()
     assert len(steps_of(folder)) == 4 and 0 <= summary(folder)["win_rate"]["value"] <= 1

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mmpo import cli
+from mmpo import checkpoint, cli
 from mmpo.modalities.vlm import EMBEDDED
 from mmpo.prepare import is_heldout, prepare
 from mmpo.recipe import load, loss_parameters
+from mmpo.runlog import read
 
 # pairs a step on 8 devices, learning rate, steps, rank and alpha of the LoRA
 PUBLISHED = {
@@ -35,6 +39,7 @@ MADE = {"mdpo": "runs/collages-crop", "realign": "runs/collages-retrieved", "rlh
 MADE |= {"bdhs_offline": "runs/collages-bdhs"}
 SHORT = ["train.steps=2", "train.batch_size=8", "train.warmup=0", "eval.every=2", "eval.prompts=6", "eval.test_prompts=6"]
 SHORT += ["eval.pairs=8", "eval.draws=1", "train.save_every=2"]
+SGD = ["train.optimizer=sgd", "train.lr=0.1"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -65,18 +70,53 @@ def test_held_out_collages_are_all_of_the_split_and_not_only_those_with_pairs() 
     assert len({p.prompt for p in data.heldout}) < len(data.select) + len(data.test)
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default, two steps of gradient descent."""
+    folder = tmp_path_factory.mktemp("short")
+    assert cli.main(["train", "--modality", "vlm", *SHORT, *SGD, f"out={folder}"]) == 0
+    return folder
+
+
 @pytest.mark.slow
-def test_a_short_run_of_the_default_measures_and_shows_everything(tmp_path: Path) -> None:
-    assert cli.main(["train", "--modality", "vlm", *SHORT, f"out={tmp_path}"]) == 0
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_a_short_run_of_the_default_measures_and_shows_everything(short_run: Path) -> None:
+    records = [json.loads(line) for line in (short_run / "log.jsonl").read_text().splitlines()]
     evals = [r for r in records if r["event"] == "eval"]
     measured = {"eval/correct", "eval/wrong_image", "eval/blind_correct", "eval/judge", "eval/pair_accuracy", "eval/kl"}
     assert all(measured <= r.keys() for r in evals) and evals[0]["eval/kl"] == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((short_run / "summary.json").read_text())
     assert all({"correct", "wrong_image", "blind_correct"} <= summary[side].keys() for side in ("base", "aligned"))
-    page = (tmp_path / "report.html").read_text()
+    page = (short_run / "report.html").read_text()
     assert "right for another image of the prompt" in page and "exactly right with the images hidden" in page
     assert page.count('alt="image 1 of the prompt"') == 6
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_of_twice_the_batch(short_run: Path, tmp_path: Path) -> None:
+    """Also with images encoded once in each process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mmpo", "train"]
+    words = ["--modality", "vlm", *SHORT, *SGD, "train.batch_size=4", f"out={tmp_path}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (checkpoint.load_latest(folder / "checkpoints") for folder in (short_run, tmp_path))
+    assert one is not None and two is not None and one.step == two.step == 2
+    apart = [float((two.tensors["policy"][name] - value).abs().max()) for name, value in one.tensors["policy"].items()]
+    assert max(apart) < 1e-5
+    losses = [[r["loss"] for r in read(folder / "log.jsonl") if "loss" in r] for folder in (short_run, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] != losses[0][1]
+
+
+@pytest.mark.slow
+def test_the_second_round_of_mixed_bdhs_has_pairs_of_both_sorts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here with the default's pairs in the place of BDHS's, which `MADE` makes."""
+    words = ["modality=vlm", "data.path=embedded", "train.rounds=2", "train.round_prompts=64", "train.round_candidates=6"]
+    assert cli.main(["train", "bdhs_online_mix", *SHORT, *words, f"out={tmp_path}"]) == 0
+    found = re.search(r"round 2: (\d+) pairs of the policy's own samples and (\d+) of the data's", capsys.readouterr().out)
+    assert found and int(found[1]) > 0 and int(found[2]) > 500
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 4
 
 
 @pytest.mark.slow
