@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from mmpo.saving import resume
 from mmpo.train import train
 from tests.modalities.tiny_text import make as make_text
 from tests.tiny_run import SMALL, make_world
+from tests.two_processes import in_two_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -96,29 +94,9 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def two_processes(world: Path, task: str) -> list[int]:
-    """Run `worker` in two processes that find each other over gloo; how they ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    """Run `worker` in two processes; how they ended."""
     code = f"from tests.test_sharding import worker; from pathlib import Path; worker(Path({str(world)!r}), {task!r})"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": r, "LOCAL_RANK": r, "PYTHONPATH": str(ROOT)},
-            stdout=-1,
-            stderr=-1,
-            text=True,
-            cwd=ROOT,
-        )
-        for r in ("0", "1")
-    ]
-    ended = []
-    for process in started:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode in (0, -signal.SIGKILL), err[-3000:]
-        ended.append(process.returncode)
-    return ended
+    return [status for status, _ in in_two_processes(code, endings=(0, -signal.SIGKILL))]
 
 
 def worker(world: Path, task: str) -> None:

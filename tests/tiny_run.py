@@ -23,6 +23,7 @@ from mmpo.objective import Objective, make_term
 from mmpo.pair import Pair, image, text
 from mmpo.progress import Run
 from mmpo.recipe import Resolved
+from mmpo.reference import unwrap
 from mmpo.runlog import RunLog
 from mmpo.schema import Recipe
 from mmpo.scores import Scores
@@ -131,3 +132,8 @@ def line_run(folder: Path, pairs: list[Pair] | None = None, loss: dict[str, Any]
     reference: Any = build(recipe.reference, modality, accelerator.unwrap_model(model))
     parts = (recipe, folder, accelerator, modality, model, optimizer, reference, objective)
     return Run(*parts, pairs or line_pairs(24), [], None, [], RunLog(folder / f"log.{accelerator.process_index}.jsonl"))
+
+
+def weight(run: Run) -> torch.Tensor:
+    """The line's own parameter, as it is now."""
+    return next(unwrap(run.model).parameters()).detach().clone()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import socket
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,8 @@ from mmpo.pair import Pair, Span, text
 from mmpo.schema import ReferenceConfig
 from mmpo.scores import Scores
 from tests.modalities.tiny_text import adapter, make, make_pairs
+from tests.two_processes import in_two_processes
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = ("shared", "packed", "padded")
 Checkpoint = Callable[..., Path]
 
@@ -519,8 +517,11 @@ def test_exports_load_by_the_lines_that_are_printed(kind: Any, merge: bool, chec
     perturb(ours.model)
     ours.score(ours.model, drawn(ours, [pair]))
     ours.save(ours.model, tmp_path, merge)
-    found: dict[str, Any] = vars(transformers) | {"peft": peft}
-    exec(inspect.cleandoc(ours.how_to_load(tmp_path, merge)), found)
+    lines = inspect.cleandoc(ours.how_to_load(tmp_path, merge))
+    # one by one: transformers has a class only once it was asked for
+    classes = {name: getattr(transformers, name) for name in re.findall(r"\bAuto\w+", lines)}
+    found: dict[str, Any] = {**classes, "peft": peft}
+    exec(lines, found)
     row = ours.encode([pair])[0].rows["chosen"]
     theirs = found["model"].eval()(input_ids=row.ids[None]).logits
     torch.testing.assert_close(theirs, ours.model(input_ids=row.ids[None]).logits, rtol=1e-5, atol=1e-5)
@@ -535,24 +536,7 @@ def test_exports_load_by_the_lines_that_are_printed(kind: Any, merge: bool, chec
 def test_two_processes_train_as_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The packed forward runs through the wrapper: gradients of both halves of a batch meet."""
     whole = trained(checkpoint(), tmp_path / "one", batch=4)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    code = f"from tests.modalities.test_text import worker; worker({str(checkpoint())!r}, {str(tmp_path)!r})"
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    parts = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": r, "LOCAL_RANK": r, "PYTHONPATH": str(ROOT)},
-            stdout=-1,
-            stderr=-1,
-            text=True,
-        )
-        for r in ("0", "1")
-    ]
-    for process in parts:
-        _, err = process.communicate(timeout=180)
-        assert process.returncode == 0, err[-3000:]
+    in_two_processes(f"from tests.modalities.test_text import worker; worker({str(checkpoint())!r}, {str(tmp_path)!r})")
     both = [json.loads((tmp_path / f"weights.{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1]
     for name, values in whole.items():
