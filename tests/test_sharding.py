@@ -28,7 +28,6 @@ from tests.modalities.tiny_text import make as make_text
 from tests.tiny_run import SMALL, make_world
 from tests.two_processes import in_two_processes
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
 SHARED = (  # eps: Adam's steps are then smooth in the gradient, as equality to rounding needs
     f"train.steps={STEPS}", "train.save_every=2", "train.accumulate=2", "train.lr=1e-2", "train.eps=1e-2", "train.keep=9",
