@@ -1,6 +1,7 @@
 """Every builder of pairs on real photographs with small real models, through the command line, five pairs of each to read.
 
-    mmpo assets add smollm2 && mmpo assets add minilm
+    mmpo assets add smollm2
+    mmpo assets add minilm
     python -m benchmarks.photo_pairs --out DIR [--opencv FOLDER]
 
 The photographs are scikit-image's and scikit-learn's, with answers that a person wrote; FOLDER: Debian's opencv-doc,
