@@ -18,7 +18,7 @@ from tests.reliability.counters import FULL, counter
 from tests.tiny_run import make_world, settings
 
 WORDS = (JUDGE, "train.steps=12", "train.save_every=3", "eval.every=6")
-COUNT = 50 if FULL else 12
+COUNT = 50 if FULL else 8
 GRACE = 10.0  # seconds
 
 pytestmark = pytest.mark.slow
