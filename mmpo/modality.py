@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from mmpo.scores import NOTHING, Scores
 if TYPE_CHECKING:
     from mmpo.evaluate import Samples
     from mmpo.kernels.token_stats import Head
+    from mmpo.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class DrawKey:
     seed: int
     sample: str
     index: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far samples are: `done` steps of at most `of`. texts: what has been written so far, by the number of the prompt."""
+
+    done: int
+    of: int
+    texts: Mapping[int, str]
+
+
+Watch = Callable[[Step], None]
 
 
 class Modality(Protocol):
@@ -68,8 +82,18 @@ class Modality(Protocol):
         give more. against: the reference's scores of this batch, with states, for divergences from it.
         """
 
-    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
-        """One generation per prompt, each a pure function of the parameters, the prompt and its seed."""
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[tuple[Block, ...]],
+        seeds: Sequence[int],
+        watch: Watch | None = None,
+        steps: int | None = None,
+    ) -> list[Block]:
+        """One generation per prompt, each a pure function of the parameters, the prompt and its seed.
+
+        watch: called after every step; what it raises ends the sampling. steps: at most so many, never more than the recipe's.
+        """
 
     def dummy(self) -> list[Pair]:
         """Two tiny valid pairs, for tests, warm-up and compilation."""
@@ -98,3 +122,26 @@ class GivesStates(Modality, Protocol):
 
     def head(self, model: nn.Module) -> Head:
         """The layer that makes logits of `Scores.states`."""
+
+
+@dataclass(frozen=True)
+class LogRatios:
+    """Where a model finds an answer more likely (> 0) than its base does, in nats.
+
+    total: the difference of what `score` gives of the answer, a mean over draws; what follows adds up or averages to it.
+    tokens: start, end (excluded) and value of every scored token, its characters in the answer's text, or -1, -1 for one that
+    spells none, such as the end of a turn. regions: (h, w) float64, the parts of the latent, or of the picture, that add up to
+    the total. times: place on the noise schedule in [0, 1) and value of every draw, whose mean is the total.
+    """
+
+    total: float
+    tokens: tuple[tuple[int, int, float], ...] = ()
+    regions: np.ndarray | None = None
+    times: tuple[tuple[float, float], ...] = ()
+
+
+class Explains(Modality, Protocol):
+    """A modality that tells where in an answer its likelihood has moved."""
+
+    def log_ratios(self, model: nn.Module, base: Reference, prompt: tuple[Block, ...], answer: Block, seed: int) -> LogRatios:
+        """The answer under `model` against `base`. Raises ValueError for an answer that has no likelihood."""

@@ -86,6 +86,11 @@ def load(
     return Resolved(recipe, layers.marks)
 
 
+def with_cache(recipe: Recipe, cache: Path) -> Recipe:
+    """The recipe with another folder for encoded media."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": str(cache)})})
+
+
 def configs() -> list[str]:
     """The names of the recipes that mmpo ships."""
     return sorted(p.stem for p in CONFIGS.glob("*.yaml"))

@@ -33,17 +33,19 @@ from mmpo.cache import Cache, digest_module, key
 from mmpo.checkpoint import write_atomic
 from mmpo.evaluate import Samples
 from mmpo.media import open_image
-from mmpo.modalities import families, lora
+from mmpo.modalities import diffusion_ratios, families, lora
 from mmpo.modalities.diffusion_config import ModelConfig
+from mmpo.modalities.diffusion_draw import Draw
+from mmpo.modalities.diffusion_ratios import T, surrogate
 from mmpo.modalities.inversion import invert
 from mmpo.modalities.sheet import contact_sheet, to_png
-from mmpo.modality import DrawKey
+from mmpo.modality import DrawKey, LogRatios, Step, Watch
 from mmpo.pair import Block, Pair, image, text
 from mmpo.prepare import ASSETS
+from mmpo.reference import Reference
 from mmpo.schema import DrawConfig
 from mmpo.scores import NOTHING, Scores
 
-T = 1000.0
 SAMPLE_BATCH = 64
 EMBEDDED = ASSETS / "shapes"
 
@@ -194,7 +196,7 @@ class Adapter:
 
     @torch.no_grad()
     def draw(self, encoded: Sequence[Encoded], keys: Sequence[DrawKey], model: nn.Module) -> Batch:
-        draws = [_Draw(k, self.spec, self.prompt_dropout) for k in keys]
+        draws = [Draw(k, self.spec, self.prompt_dropout) for k in keys]
         rows = {b: torch.tensor([i for i, e in enumerate(encoded) if b in e.latents], dtype=torch.long) for b in self.branches}
         members = [(b, int(i)) for b in self.branches for i in rows[b]]
         clean = torch.stack([encoded[i].latents[b] for b, i in members]).to(self.device)
@@ -237,9 +239,8 @@ class Adapter:
         self, model: nn.Module, batch: Batch, wants: frozenset[str] = NOTHING, against: Mapping[str, Scores] | None = None
     ) -> dict[str, Scores]:
         """The error comes with the likelihood, so it is given whether it is asked for or not."""
-        output = self.loaded.denoise(model, batch.noisy, batch.t, batch.condition)
-        err = (output.float() - batch.target).square().flatten(1).mean(1)  # fp32 before the square: beta amplifies rounding
-        logp = -(T / 2) * batch.weight * err
+        err = self.squares(model, batch).flatten(1).mean(1)
+        logp = surrogate(batch.weight, err)
         scores, start = {}, 0
         for branch, rows in batch.rows.items():
             part = slice(start, start + len(rows))
@@ -247,10 +248,29 @@ class Adapter:
             start += len(rows)
         return scores
 
+    def squares(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The squared errors whose mean is `err`, (N, C, H, W): fp32 before the square, because beta amplifies rounding."""
+        output = self.loaded.denoise(model, batch.noisy, batch.t, batch.condition)
+        return (output.float() - batch.target).square()
+
+    def drops(self, name: DrawKey) -> bool:
+        """Whether this draw is one without the prompt."""
+        return Draw(name, self.spec, self.prompt_dropout).dropped
+
+    def log_ratios(self, model: nn.Module, base: Reference, prompt: tuple[Block, ...], answer: Block, seed: int) -> LogRatios:
+        return diffusion_ratios.by_region(self, model, base, prompt, answer, seed)
+
     # ---- sample, describe, save
 
     @torch.no_grad()
-    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[tuple[Block, ...]],
+        seeds: Sequence[int],
+        watch: Watch | None = None,
+        steps: int | None = None,
+    ) -> list[Block]:
         captions = [" ".join(str(b.data) for b in p if b.kind == "text") for p in prompts]
         asked = list(dict.fromkeys([*([""] if self._guides else []), *captions]))
         conditions = self._cached("prompt", asked, self.loaded.encode_prompts)
@@ -258,10 +278,14 @@ class Adapter:
         blocks: list[Block] = []
         for start in range(0, len(captions), SAMPLE_BATCH):
             part = slice(start, start + SAMPLE_BATCH)
-            blocks += self._sample([conditions[c] for c in captions[part]], dropped, seeds[part], model)
+            blocks += self._sample([conditions[c] for c in captions[part]], dropped, seeds[part], model, watch, steps)
         return blocks
 
-    def _sample(self, conditions: list[dict], empty: dict | None, seeds: Sequence[int], model: nn.Module) -> list[Block]:
+    def _sample(
+        self, conditions: list[dict], empty: dict | None, seeds: Sequence[int], model: nn.Module, watch: Watch | None,
+        steps: int | None,
+    ) -> list[Block]:  # fmt: skip
+        steps = min(steps or self.config.sample_steps, self.config.sample_steps)
         size = families.Size.square(self.resolution)
         shape = self.loaded.latent_shape(self.resolution)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(self.device)
@@ -269,9 +293,10 @@ class Adapter:
             model,
             self.loaded.collate(conditions, [size] * len(conditions)),
             noise,
-            steps=self.config.sample_steps,
+            steps=steps,
             guidance=self.config.guidance,
             uncond=self.loaded.collate([empty] * len(conditions), [size] * len(conditions)) if empty is not None else None,
+            watch=None if watch is None else lambda done: watch(Step(done, steps, {})),
         )
         pixels = (self.loaded.decode(latents).float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [image(p) for p in pixels]
@@ -340,40 +365,6 @@ class Adapter:
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Draw:
-    """The random numbers of one draw: each stream is seeded by what it is for, so none depends on another's use."""
-
-    def __init__(self, key: DrawKey, spec: DrawConfig, prompt_dropout: float):
-        self.key, self.spec = key, spec
-        self.dropped = prompt_dropout > 0 and bool(torch.rand((), generator=self._stream("prompt")) < prompt_dropout)
-
-    def seed(self, purpose: str) -> int:
-        name = f"{self.key.seed}\0{self.key.sample}\0{self.key.index}\0{purpose}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-    def _stream(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed(purpose))
-
-    def time(self, member: str) -> Tensor:
-        """Place on the noise schedule in [0, 1), by the recipe's density."""
-        stream = self._stream("time/" + member)
-        if self.spec.timesteps == "logit_normal":
-            place = torch.sigmoid(self.spec.logit_mean + self.spec.logit_std * torch.randn((), generator=stream))
-        elif self.spec.timesteps == "grid":  # a low-discrepancy walk over the draws of one pair
-            offset = torch.rand((), generator=torch.Generator().manual_seed(self._first(member)))
-            place = (offset + self.key.index * 0.6180339887498949) % 1.0
-        else:
-            place = torch.rand((), generator=stream)
-        return (self.spec.t_min + (self.spec.t_max - self.spec.t_min) * place).clamp(max=1 - 1e-6)
-
-    def _first(self, member: str) -> int:
-        name = f"{self.key.seed}\0{self.key.sample}\0grid/{member}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-    def noise(self, shape: torch.Size, member: str) -> Tensor:
-        return torch.randn(shape, generator=self._stream("noise/" + member))
 
 
 def _own_resolution(loaded: families.Loaded) -> int:

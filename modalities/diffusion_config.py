@@ -6,7 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from mmpo.pair import Kind
 from mmpo.schema import Count, Precision, Section
+
+ANSWERS: Kind = "image"
 
 
 class LoraConfig(Section):
@@ -43,3 +46,8 @@ class ModelConfig(Section):
     allow_download: bool = Field(default=False, description="let a hub id be downloaded; otherwise only local files are read")
     guidance: float = Field(default=5.0, ge=0, description="scale of classifier-free guidance when sampling; 1: none")
     sample_steps: Count = Field(default=20, description="denoiser steps of one sample")
+
+    @property
+    def steps(self) -> tuple[int, str]:
+        """What a sample takes at most, and of what."""
+        return self.sample_steps, "denoiser steps"

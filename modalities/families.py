@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,11 +160,12 @@ class Loaded:
         steps: int,
         guidance: float = 1.0,
         uncond: Conditions | None = None,
+        watch: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents sampled deterministically from `noise` (DDIM with eta = 0 for VP, Euler for flow).
 
         guidance: classifier-free scale, 1 is off; it needs the collated `uncond`. Guidance-distilled models take the scale
-        as an input instead and need no `uncond`.
+        as an input instead and need no `uncond`. watch: called after every step with how many are done.
         """
         if self.config.get("guidance_embeds") and uncond is None:
             conditions = conditions | {"guidance": torch.full_like(conditions["guidance"], guidance)}
@@ -177,6 +178,8 @@ class Loaded:
             output = self._guided(model, latents, t, conditions, uncond if guidance != 1 else None, guidance)
             t_next = times[i + 1].expand(len(noise)) if i + 1 < steps else None
             latents = self.process.step(latents, output, t, t_next)
+            if watch is not None:
+                watch(i + 1)
         return latents
 
     def _guided(

@@ -26,17 +26,17 @@ from tqdm import tqdm
 
 from mmpo import packaged, planner
 from mmpo.cache import Cache, digest_module, key
-from mmpo.errors import DataError
 from mmpo.evaluate import Samples
 from mmpo.kernels import token_stats
 from mmpo.kernels.prefix import Segments, causal, forward_hidden, forward_padded, pack, why_not
-from mmpo.modalities import text_model, text_rows, text_sample, text_sheet, text_trunk
-from mmpo.modalities.text_config import ModelConfig
+from mmpo.modalities import text_model, text_ratios, text_rows, text_sample, text_sheet, text_trunk
+from mmpo.modalities.text_config import ModelConfig, SampleConfig
 from mmpo.modalities.text_rows import Group
-from mmpo.modalities.text_tokens import Tokens, Turns, Unusable, span_weights
-from mmpo.modality import DrawKey
+from mmpo.modalities.text_tokens import Tokens, Turns, Unusable
+from mmpo.modality import DrawKey, LogRatios, Watch
 from mmpo.pair import Block, Pair, text
 from mmpo.prepare import ASSETS
+from mmpo.reference import Reference
 from mmpo.schema import DrawConfig
 from mmpo.scores import NOTHING, Scores, States
 
@@ -219,13 +219,13 @@ class Adapter:
 
     def _of(self, pair: Pair) -> Encoded:
         """The tokens of a pair, remembered by content."""
-        name = _content(pair, self.branches)
+        name = text_rows.content_of(pair, self.branches)
         if name not in self._encoded:
             if len(self._encoded) >= self.KEPT:
                 self._encoded.pop(next(iter(self._encoded)))
             rows = self.turns.rows(pair, self.branches)
             empty = self.turns.rows(pair, self.branches, dropped=True) if self.prompt_dropout else {}
-            weights = {b: _weights(pair, b, row) for b, row in rows.items() if b in pair.spans}
+            weights = {b: text_rows.span_weights_of(pair, b, row) for b, row in rows.items() if b in pair.spans}
             self._encoded[name] = Encoded(rows, weights, empty)
         return self._encoded[name]
 
@@ -263,10 +263,11 @@ class Adapter:
 
     def _groups(self, encoded: Sequence[Encoded], keys: Sequence[DrawKey]) -> list[Group]:
         """The rows of a call by branch and pair, those of a pair under one and the same prompt together."""
-        pairs = [e.empty if self._drops(name) else e.rows for e, name in zip(encoded, keys, strict=True)]
+        pairs = [e.empty if self.drops(name) else e.rows for e, name in zip(encoded, keys, strict=True)]
         return text_rows.grouped([{b: rows[b] for b in self.branches if b in rows} for rows in pairs])
 
-    def _drops(self, name: DrawKey) -> bool:
+    def drops(self, name: DrawKey) -> bool:
+        """Whether this draw is one without the prompt."""
         if not self.prompt_dropout:
             return False
         stream = key("prompt", name.seed, name.sample, name.index)
@@ -312,16 +313,34 @@ class Adapter:
 
     # ---- sample, describe, save
 
-    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[tuple[Block, ...]],
+        seeds: Sequence[int],
+        watch: Watch | None = None,
+        steps: int | None = None,
+    ) -> list[Block]:
+        spec = self._sampling_of(steps)
         ids = [self._asked(p) for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length waste no padding
         blocks: dict[int, Block] = {}
         for start in range(0, len(order), SAMPLE_BATCH):
             part = order[start : start + SAMPLE_BATCH]
             given = ([ids[i] for i in part], [seeds[i] for i in part])
-            found = text_sample.generate(model, *given, self._stop, self._sampling)
+            found = text_sample.generate(model, *given, self._stop, spec, watch=self._telling(watch, part, spec))
             blocks |= {i: text(self.turns.decode(tokens)) for i, tokens in zip(part, found, strict=True)}
         return [blocks[i] for i in range(len(ids))]
+
+    def _sampling_of(self, steps: int | None) -> SampleConfig:
+        longest = self._sampling.max_new_tokens
+        return self._sampling if steps is None else self._sampling.model_copy(update={"max_new_tokens": min(steps, longest)})
+
+    def _telling(self, watch: Watch | None, part: Sequence[int], spec: SampleConfig) -> text_sample.Tell | None:
+        return None if watch is None else text_sample.telling(watch, part, spec.max_new_tokens, self.turns.decode)
+
+    def log_ratios(self, model: nn.Module, base: Reference, prompt: tuple[Block, ...], answer: Block, seed: int) -> LogRatios:
+        return text_ratios.by_token(self, model, base, prompt, answer, seed)
 
     def _asked(self, prompt: tuple[Block, ...]) -> list[int]:
         """The prompt's tokens; one that leaves no room for an answer loses its start, which is said once."""
@@ -385,18 +404,3 @@ class Adapter:
 
 def _listed(value: Any) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _content(pair: Pair, branches: Sequence[str]) -> str:
-    """Names all of a pair that its tokens depend on."""
-    sides = [(n, [b.digest for b in x.prompt], [b.digest for b in x.response]) for n in branches if (x := pair.branch(n))]
-    return repr((sides, sorted(pair.spans.items())))
-
-
-def _weights(pair: Pair, branch: str, row: Tokens) -> Tensor:
-    found = pair.branch(branch)
-    assert found is not None
-    try:
-        return span_weights(row, found.response, pair.spans[branch])
-    except ValueError as error:
-        raise DataError(f"pair {pair.id}, {branch}: {error}") from error

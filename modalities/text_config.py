@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mmpo.pair import Kind
 from mmpo.schema import Count, Precision, Section
+
+ANSWERS: Kind = "text"
 
 
 class LoraConfig(Section):
@@ -73,6 +76,11 @@ class ModelConfig(Section):
         default="skip", description="a pair over max_length: left out and counted, its prompt's start dropped, or an error"
     )
     sample: SampleConfig = Field(default=SampleConfig(), description=str(SampleConfig.__doc__))
+
+    @property
+    def steps(self) -> tuple[int, str]:
+        """What a sample takes at most, and of what."""
+        return self.sample.max_new_tokens, "tokens"
 
     @model_validator(mode="after")
     def _quantized_weights_stay(self) -> ModelConfig:

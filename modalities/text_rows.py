@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mmpo.errors import DataError
 from mmpo.kernels.token_stats import Head
-from mmpo.modalities.text_tokens import Tokens
+from mmpo.modalities.text_tokens import Tokens, span_weights
+from mmpo.pair import Pair
 from mmpo.scores import Scores
 
 Group = dict[tuple[str, int], Tokens]  # rows under one prompt, by branch and pair
@@ -80,3 +82,19 @@ def states_of(against: Mapping[str, Scores] | None, masks: Mapping[str, Tensor])
         raise ValueError("a divergence from the reference needs its states: score it with wants={'states'} first")
     hidden = torch.cat([states[b].hidden[mask] for b, mask in masks.items()])  # type: ignore[union-attr]
     return hidden, next(iter(states.values())).head  # type: ignore[union-attr]
+
+
+def content_of(pair: Pair, branches: Sequence[str]) -> str:
+    """Names all of a pair that its tokens depend on."""
+    sides = [(n, [b.digest for b in x.prompt], [b.digest for b in x.response]) for n in branches if (x := pair.branch(n))]
+    return repr((sides, sorted(pair.spans.items())))
+
+
+def span_weights_of(pair: Pair, branch: str, row: Tokens) -> Tensor:
+    """(U,) of a branch that has spans. Raises DataError, naming the pair, where they do not fit its text."""
+    found = pair.branch(branch)
+    assert found is not None
+    try:
+        return span_weights(row, found.response, pair.spans[branch])
+    except ValueError as error:
+        raise DataError(f"pair {pair.id}, {branch}: {error}") from error

@@ -7,7 +7,7 @@ inverse of the cumulative distribution: what else is in the batch moves nothing 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from mmpo.kernels.prefix import causal
+from mmpo.modality import Step, Watch
 from mmpo.sharding import sharded
+
+Tell = Callable[[int, list[list[int]]], None]
+
+
+def telling(watch: Watch, part: Sequence[int], longest: int, decode: Callable[[list[int]], str]) -> Tell:
+    """What tells `watch` of a batch in words. part: which prompts it holds. A character of which a part is missing waits."""
+
+    def tell(number: int, written: list[list[int]]) -> None:
+        texts = {i: decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}") for i, tokens in zip(part, written, strict=True)}
+        watch(Step(number, longest, texts))
+
+    return tell
 
 
 @torch.no_grad()
@@ -27,12 +40,14 @@ def generate(
     spec: Any,
     first: Mapping[str, Any] | None = None,
     ahead: Tensor | None = None,
+    watch: Tell | None = None,
 ) -> list[list[int]]:
     """The generated tokens of each prompt, without the one that ended it.
 
     prompts: N lists of ids, none empty. stops: ids that end a sequence. spec: max_new_tokens, temperature (0 takes the
     likeliest token), top_p. first: further inputs of the first call, which reads the prompts padded on the left. ahead: (N,)
-    how far positions are ahead of the number of tokens, where the model numbers them by rows and columns too.
+    how far positions are ahead of the number of tokens, where the model numbers them by rows and columns too. watch: called
+    after every token with how many there are at most by now, and with what has been written; what it raises ends this.
     """
     device = next(model.parameters()).device
     uniform = torch.stack([torch.rand(spec.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -47,6 +62,8 @@ def generate(
             kept = [row for row, token in enumerate(tokens) if token not in stops]
             for row in kept:
                 written[alive[row]].append(tokens[row])
+            if watch is not None:
+                watch(number + 1, written)
             alive = [alive[row] for row in kept]
             if not alive:
                 break

@@ -18,12 +18,17 @@ HEAD = f'<!doctype html><meta charset="utf-8"><title>Base and aligned</title><st
 
 
 def lines(prompts: Sequence[tuple[Block, ...]], samples: Samples) -> list[dict[str, Any]]:
-    """One record per generation: prompt, text, the judge's score (None without one), its verdict where it has one, and nats."""
+    """One record per generation: prompt, text, the judge's score (None without one), its verdict where it has one, and nats.
+
+    A prompt that is more than one text without a role also has its turns, from which it can be made again.
+    """
     found: list[dict[str, Any]] = []
     for i, (prompt, block) in enumerate(zip(prompts, samples.blocks, strict=True)):
         asked = "\n".join((f"{b.role}: " if b.role else "") + str(b.data) for b in prompt)
         score = float(samples.scores[i])
         found.append({"prompt": asked, "text": block.data, "score": None if math.isnan(score) else score})
+        if len(prompt) > 1 or prompt[0].role:
+            found[-1]["turns"] = [{"role": b.role, "text": b.data} for b in prompt]
         if samples.correct is not None:
             found[-1]["correct"] = bool(samples.correct[i])
         found[-1] |= {name: float(values[i]) for name, values in samples.nats.items()}

@@ -31,7 +31,7 @@ from mmpo.modalities.vlm_blind import blinded
 from mmpo.modalities.vlm_config import ModelConfig
 from mmpo.modalities.vlm_images import TOWER_BATCH, Features, Picture, Processed, Tower, encode, encoder_outputs
 from mmpo.modalities.vlm_turns import Rows, Turns
-from mmpo.modality import DrawKey
+from mmpo.modality import DrawKey, Watch
 from mmpo.pair import Block, Pair, image
 from mmpo.pair import text as words
 from mmpo.prepare import ASSETS
@@ -237,7 +237,15 @@ class Adapter(text.Adapter):
 
     # ---- sample, export
 
-    def sample(self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int]) -> list[Block]:
+    def sample(
+        self,
+        model: nn.Module,
+        prompts: Sequence[tuple[Block, ...]],
+        seeds: Sequence[int],
+        watch: Watch | None = None,
+        steps: int | None = None,
+    ) -> list[Block]:
+        spec = self._sampling_of(steps)
         room = None if self._context is None else self._context - self._sampling.max_new_tokens
         rows = [self._asked_row(prompt, room) for prompt in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
@@ -246,8 +254,8 @@ class Adapter(text.Adapter):
         for start in range(0, len(order), size):
             part = order[start : start + size]
             first, ahead = self._prefill(model, [rows[i] for i in part])
-            given = ([rows[i].ids.tolist() for i in part], [seeds[i] for i in part], self._stop, self._sampling)
-            found = text_sample.generate(model, *given, first, ahead)
+            given = ([rows[i].ids.tolist() for i in part], [seeds[i] for i in part], self._stop, spec)
+            found = text_sample.generate(model, *given, first, ahead, self._telling(watch, part, spec))
             blocks |= {i: words(self.turns.decode(tokens)) for i, tokens in zip(part, found, strict=True)}
         return [blocks[i] for i in range(len(rows))]
 

@@ -7,7 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmpo.modalities import text_config
+from mmpo.pair import Kind
 from mmpo.schema import Count, Section
+
+ANSWERS: Kind = "text"
 
 
 class ImagesConfig(Section):

@@ -38,6 +38,7 @@ def lines(prompts: Sequence[tuple[Block, ...]], samples: Samples) -> list[dict[s
     found = text_sheet.lines([_worded(prompt) for prompt in prompts], samples)
     for line, prompt in zip(found, prompts, strict=True):
         line["pictures"] = [file_of(block) for block in prompt if block.kind == "image"]
+        line["turns"] = [{"role": b.role} | ({"text": b.data} if b.kind == "text" else {"picture": file_of(b)}) for b in prompt]
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("modalities", "datasets", "configs")
+ROOMS = ("modalities", "datasets", "configs", "demos")
 CORE = sorted((ROOT / "mmpo").glob("*.py"))
 INNER = ("losses", "judges", "diagnostics")
 NAMESPACES = (*INNER, "kernels")  # folders of mmpo/; of these the core may import the kernels
@@ -94,7 +94,7 @@ def imported(nodes: list[ast.stmt]) -> Iterator[str]:
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
 def test_core_knows_no_room(path: Path) -> None:
     names = set(imported(ast.parse(path.read_text(encoding="utf-8")).body))
-    rooms = tuple(f"mmpo.{room}." for room in ("modalities", "datasets", *INNER))
+    rooms = tuple(f"mmpo.{room}." for room in ("modalities", "datasets", "demos", *INNER))
     allowed = ROOM_IMPORTS_ALLOWED.get(path.name)
     found = {n for n in names if n.startswith(rooms) and not (allowed and n.startswith(allowed))}
     assert found == set(), "ask mmpo.find for it, inside the function that needs it"

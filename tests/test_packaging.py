@@ -50,7 +50,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wanted() -> set[str]:
     """Every file of the package by its installed name: code, recipes, assets, templates."""
     names = set()
-    for folder in ("mmpo", "modalities", "datasets", "configs"):
+    for folder in ("mmpo", "modalities", "datasets", "configs", "demos"):
         for path in (ROOT / folder).rglob("*"):
             parts = path.relative_to(ROOT).parts
             if path.is_file() and "__pycache__" not in parts:
@@ -75,7 +75,7 @@ def test_source_archive_carries_everything(archives: Path) -> None:
     (sdist,) = archives.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {"/".join(n.split("/")[1:]) for n in archive.getnames()}
-    rooms = {f"mmpo/{room}/": f"{room}/" for room in ("modalities", "datasets", "configs")}
+    rooms = {f"mmpo/{room}/": f"{room}/" for room in ("modalities", "datasets", "configs", "demos")}
     for name in wanted():
         prefix = next((p for p in rooms if name.startswith(p)), "")
         assert (rooms[prefix] + name.removeprefix(prefix) if prefix else name) in names

@@ -1,0 +1,91 @@
+"""Votes become preference pairs, each with who voted, when, on what: a data set that `mmpo train` reads.
+
+Every vote that stands is a row of the ledger: used, or left out as a tie, as "both bad", or because its answer has changed
+since. Several voters on the same two answers give several pairs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.pairing import digest, pair_id
+from mmpo.demos.ballots import FILE, Ballot, about, opened, standing
+from mmpo.demos.pool import Entry, Pool, open_pool
+from mmpo.errors import DataError, RecipeError
+from mmpo.pair import Pair
+
+Ties = Literal["drop", "soft"]
+NAMES = {"mmpo": "pairs", "trl": "pairs.trl.jsonl", "pick_a_pic": "pairs.pick_a_pic.parquet"}  # format: what it is called
+
+
+def export(
+    folder: Path, to: str, out: Path | None = None, ties: Ties = "drop", source: Path | None = None
+) -> tuple[int, Ledger]:
+    """Write the votes of a folder as pairs; returns their number and the ledger of the votes.
+
+    to: mmpo (a folder), trl or pick_a_pic. out: default a name inside `folder`. source: what was voted on, where it is not
+    any more where it was. May run while a server takes votes. Raises DataError for what the format cannot hold.
+    """
+    with closing(opened(folder / FILE, readonly=True)) as db:
+        place, mode = about(db)
+        ballots = standing(db)
+    return write(ballots, open_pool(source or (folder / place), mode), to, out or folder / NAMES.get(to, to), ties)
+
+
+def write(ballots: Iterable[Ballot], pool: Pool, to: str, out: Path, ties: Ties = "drop") -> tuple[int, Ledger]:
+    """Write votes as pairs in one of the formats. Raises RecipeError for any other format, DataError where nothing is left."""
+    if to not in NAMES:
+        raise RecipeError(f"--to {to}: expected one of {', '.join(NAMES)}")
+    if ties not in get_args(Ties):
+        raise RecipeError(f"--ties {ties}: expected one of {', '.join(get_args(Ties))}")
+    ledger, cast = Ledger(), list(ballots)  # which refuses what the format cannot hold
+    if not any(True for _ in pairs_of(cast, pool, ties, Ledger("skip"))):
+        raise DataError(f"no pairs to write: of {len(cast)} votes none prefers one answer to another; nothing was written")
+    writer: Any = getattr(importlib.import_module(f"mmpo.datasets.formats.{to}"), f"write_{to}")
+    return writer(pairs_of(cast, pool, ties, ledger), out, ledger), ledger
+
+
+def pairs_of(ballots: Iterable[Ballot], pool: Pool, ties: Ties, ledger: Ledger) -> Iterator[Pair]:
+    """A Pair for each vote that prefers one answer; with ties "soft" also for ties, with label 0.5. The rest is counted.
+
+    group is the digest of the prompt. meta: seeds, and provenance with annotator, time, comparison and systems.
+    """
+    seen: Counter[str] = Counter()
+    for ballot in ballots:
+        left, right = pool.by_id.get(ballot.left), pool.by_id.get(ballot.right)
+        if left is None or right is None:
+            ledger.skip(ballot.comparison, "an answer that is no longer in the source")
+        elif ballot.choice == "both_bad":
+            ledger.skip(ballot.comparison, "both bad")
+        elif ballot.choice == "tie" and ties == "drop":
+            ledger.skip(ballot.comparison, "tie")
+        else:
+            pair = _pair(ballot, *((right, left) if ballot.choice == "right" else (left, right)), seen)
+            ledger.used += 1
+            yield pair
+
+
+def _pair(ballot: Ballot, chosen: Entry, rejected: Entry, seen: Counter[str]) -> Pair:
+    better, worse = (chosen.block,), (rejected.block,)
+    name = pair_id(chosen.prompt, better, worse)
+    seen[name] += 1
+    sides = {"chosen": chosen, "rejected": rejected}
+    provenance = {
+        "annotator": ballot.voter,
+        "time": datetime.fromtimestamp(ballot.time, UTC).isoformat(timespec="seconds"),
+        "comparison": ballot.comparison,
+        "systems": {side: entry.system for side, entry in sides.items()},
+        "seeds": {side: entry.seed for side, entry in sides.items()},
+    }
+    return Pair(
+        name if seen[name] == 1 else f"{name}#{seen[name]}", chosen.prompt, better, worse,
+        label=0.5 if ballot.choice == "tie" else 1.0,
+        group=digest(*chosen.prompt) if chosen.prompt else chosen.item, meta={"provenance": provenance},
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""What votes say: win rates with an interval, a Bradley-Terry scale, how far voters agree, and which question to ask next.
+
+Pure functions of numbers. A tie, and "both bad", count as half a win for either side. Intervals are percentile bootstraps
+over units, not over votes, because votes on one item are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+ELO = 400 / math.log(10)  # points of the Elo scale in one unit of log-odds
+CENTRE = 1000.0  # the mean of all ratings
+RIDGE = 0.1  # of the Bradley-Terry strengths: with it the estimate exists where one side has won everything
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One vote. unit: what is drawn again as a whole by the bootstrap; share: 1 `first` won, 0 `second` did, 0.5 neither."""
+
+    unit: str
+    first: str
+    second: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate, its 95 % interval, and the votes it was made of."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One row of the table: wins, ties and losses of a name, its share of wins, and its place on the Elo scale."""
+
+    name: str
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Interval
+    elo: Interval
+
+
+def win_rate(shares: Sequence[tuple[str, float]], seed: int = 0, draws: int = 2000) -> Interval | None:
+    """The mean of the shares, and what it is when units are drawn again with replacement; None without any vote.
+
+    shares: (unit, share in [0, 1]) of each vote. A unit weighs as much as it has votes.
+    """
+    if not shares:
+        return None
+    sums, counts = (np.array(column, np.float64) for column in _by_unit(shares))
+    random, means = np.random.default_rng(seed), np.empty(draws)
+    for i in range(draws):
+        drawn = random.integers(0, len(sums), len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high), len(shares))
+
+
+def _by_unit(shares: Sequence[tuple[str, float]]) -> tuple[list[float], list[int]]:
+    sums: dict[str, float] = defaultdict(float)
+    for unit, share in shares:
+        sums[unit] += share
+    counts = Counter(unit for unit, _ in shares)
+    return list(sums.values()), [counts[unit] for unit in sums]
+
+
+def bradley_terry(wins: Matrix, ridge: float = RIDGE, start: Matrix | None = None) -> Matrix:
+    """Strengths (S,) in log-odds, mean 0, of the model P(i beats j) = 1 / (1 + exp(s_j - s_i)).
+
+    wins: (S, S), how often i has beaten j, ties as half a win each. Maximises sum_ij wins_ij log P(i beats j) - ridge / 2 |s|^2
+    by Newton's method with halved steps; strictly concave for ridge > 0, so there is one maximum. For two names and a
+    vanishing ridge the difference is log(wins / losses). start: strengths to begin at. Bradley and Terry 1952, Biometrika 39.
+    """
+    strengths = np.zeros(len(wins)) if start is None else start
+    for _ in range(100):
+        odds = _logistic(strengths[:, None] - strengths[None])
+        slope = (wins - (wins + wins.T) * odds).sum(1) - ridge * strengths
+        step = np.linalg.solve(information(wins, strengths, ridge), slope)
+        size, before = 1.0, _fit(wins, strengths, ridge)
+        while _fit(wins, strengths + size * step, ridge) < before and size > 1e-6:
+            size /= 2
+        strengths = strengths + size * step
+        if np.abs(step).max(initial=0) < 1e-8:
+            break
+    return strengths - strengths.mean() if len(strengths) else strengths
+
+
+def information(wins: Matrix, strengths: Matrix, ridge: float = RIDGE) -> Matrix:
+    """Minus the second derivative of what `bradley_terry` maximises, (S, S)."""
+    odds = _logistic(strengths[:, None] - strengths[None])
+    weight = (wins + wins.T) * odds * (1 - odds)
+    return np.diag(weight.sum(1)) - weight + ridge * np.eye(len(wins))
+
+
+def gains(wins: Matrix, ridge: float = RIDGE) -> Matrix:
+    """How much one more comparison of i and j would tell, (S, S), in nats.
+
+    log(1 + p (1 - p) v), v the variance of the difference of their strengths: by so much the log-determinant of the
+    information grows (D-optimal design). Large where the outcome is open and little is known; 0 on the diagonal.
+    """
+    strengths = bradley_terry(wins, ridge)
+    covariance = np.linalg.inv(information(wins, strengths, ridge))
+    spread = np.diag(covariance)
+    odds = _logistic(strengths[:, None] - strengths[None])
+    return np.log1p(odds * (1 - odds) * np.maximum(spread[:, None] + spread[None] - 2 * covariance, 0))
+
+
+def _logistic(x: Matrix) -> Matrix:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _fit(wins: Matrix, strengths: Matrix, ridge: float) -> float:
+    differences = strengths[:, None] - strengths[None]
+    return float(-(wins * np.logaddexp(0, -differences)).sum() - ridge / 2 * (strengths**2).sum())
+
+
+def wins_of(outcomes: Iterable[Outcome], names: Sequence[str]) -> Matrix:
+    """(S, S): how often each name has beaten each other, in the order of `names`."""
+    place, wins = {name: i for i, name in enumerate(names)}, np.zeros((len(names), len(names)))
+    for vote in outcomes:
+        wins[place[vote.first], place[vote.second]] += vote.share
+        wins[place[vote.second], place[vote.first]] += 1 - vote.share
+    return wins
+
+
+def ratings(outcomes: Sequence[Outcome], names: Sequence[str], seed: int = 0, draws: int = 300) -> list[Rating]:
+    """The table of all names that have been voted on, best first.
+
+    elo: 1000 + 400 / ln 10 times the Bradley-Terry strength, so that 400 points are odds of ten to one.
+    """
+    known = [name for name in names if any(name in (vote.first, vote.second) for vote in outcomes)]
+    estimate = CENTRE + ELO * bradley_terry(wins_of(outcomes, known))
+    low, high = np.percentile(_resampled(outcomes, known, seed, draws), [2.5, 97.5], axis=0) if known else ((), ())
+    rows = []
+    for i, name in enumerate(known):
+        shares = [(v.unit, v.share if v.first == name else 1 - v.share) for v in outcomes if name in (v.first, v.second)]
+        rate, tally = win_rate(shares, seed, draws), Counter(share for _, share in shares)
+        assert rate is not None
+        elo = Interval(float(estimate[i]), float(low[i]), float(high[i]), len(shares))
+        rows.append(Rating(name, tally[1.0], tally[0.5], tally[0.0], rate, elo))
+    return sorted(rows, key=lambda row: -row.elo.value)
+
+
+def _resampled(outcomes: Sequence[Outcome], names: Sequence[str], seed: int, draws: int) -> Matrix:
+    """(draws, S): the ratings of units drawn again with replacement."""
+    place, units = ({name: i for i, name in enumerate(dict.fromkeys(column))} for column in (names, [o.unit for o in outcomes]))
+    rows = [(place[vote.first], place[vote.second], units[vote.unit], vote.share) for vote in outcomes]
+    first, second, unit, shares = (np.array(column) for column in zip(*rows, strict=True))
+    random, found = np.random.default_rng(seed), np.empty((draws, len(names)))
+    whole = bradley_terry(wins_of(outcomes, names))
+    for i in range(draws):
+        times = np.bincount(random.integers(0, len(units), len(units)), minlength=len(units))[unit]
+        wins = np.zeros((len(names), len(names)))
+        np.add.at(wins, (first, second), times * shares)
+        np.add.at(wins, (second, first), times * (1 - shares))
+        found[i] = CENTRE + ELO * bradley_terry(wins, start=whole)
+    return found
+
+
+def krippendorff_alpha(units: Iterable[Sequence[Hashable]]) -> float | None:
+    """Agreement beyond chance on nominal labels, 1 where all agree, 0 where it is as by chance, negative below that.
+
+    units: the labels that different voters gave to one thing each; things with fewer than two say nothing.
+    alpha = 1 - (n - 1) sum_{c != k} o_ck / sum_{c != k} n_c n_k, over the coincidences o of values within units. None where
+    nothing was labelled twice, or all labels are equal: agreement is then not defined. Krippendorff 2011, "Computing
+    Krippendorff's Alpha-Reliability".
+    """
+    values: Counter[Hashable] = Counter()
+    apart = 0.0
+    for labels in units:
+        if len(labels) > 1:
+            counts = Counter(labels)
+            values += counts
+            same = sum(count * (count - 1) for count in counts.values())
+            apart += (len(labels) * (len(labels) - 1) - same) / (len(labels) - 1)
+    total = values.total()
+    expected = total**2 - sum(count**2 for count in values.values())
+    return 1 - (total - 1) * apart / expected if expected else None

@@ -1,0 +1,91 @@
+"""What is shown when the voting is over: who was who, and what all votes say, as plain values for a page."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mmpo.demos.ballots import Ballot, outcome
+from mmpo.demos.pool import Entry, Mode, Pool
+from mmpo.demos.rating import Outcome, krippendorff_alpha, ratings, win_rate
+from mmpo.errors import DataError
+
+SHOWN = 200  # comparisons that are listed with their systems
+ITEMS = 20  # items whose answers are ranked on the page
+
+
+def results(ballots: Sequence[Ballot], pool: Pool, mode: Mode, voter: str) -> dict[str, Any]:
+    """Win rate, table of systems or ranking of answers, agreement, and the voter's own comparisons with their systems."""
+    own = [ballot for ballot in ballots if ballot.voter == voter]
+    found = {
+        "mode": mode,
+        "votes": len(ballots),
+        "voters": len({ballot.voter for ballot in ballots}),
+        "agreement": agreement(ballots),
+        "who": [_named(ballot, pool) for ballot in own[:SHOWN] if ballot.left in pool.by_id and ballot.right in pool.by_id],
+        "own": len(own),
+    }
+    return found | (ranking(ballots, pool) if mode == "label" else table(ballots, pool))
+
+
+def agreement(ballots: Sequence[Ballot]) -> float | None:
+    """Krippendorff's alpha of who was preferred (an entry, neither, or both bad), over pairs of answers that several saw."""
+    said: dict[frozenset[str], list[Hashable]] = defaultdict(list)
+    for ballot in ballots:
+        preferred = {"left": ballot.left, "right": ballot.right}.get(ballot.choice, ballot.choice)
+        said[frozenset((ballot.left, ballot.right))].append(preferred)
+    return krippendorff_alpha(said.values())
+
+
+def table(ballots: Sequence[Ballot], pool: Pool) -> dict[str, Any]:
+    """One row a system, best first; with two systems the win rate of the second of the source over the first."""
+    outcomes = [vote for ballot in ballots if (vote := outcome(ballot, pool, "vote"))]
+    rows = ratings(outcomes, pool.systems)
+    found: dict[str, Any] = {"systems": [asdict(row) for row in rows]}
+    if len(pool.systems) == 2 and outcomes:
+        before, after = pool.systems
+        shares = [(o.unit, o.share if o.first == after else 1 - o.share) for o in outcomes]
+        rate = win_rate(shares)
+        assert rate is not None
+        found["win_rate"] = asdict(rate) | {"of": after, "over": before}
+    return found
+
+
+def ranking(ballots: Sequence[Ballot], pool: Pool) -> dict[str, Any]:
+    """The answers of the first items by Bradley-Terry, best first, and how many items there are."""
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    for ballot in ballots:
+        if found := outcome(ballot, pool, "label"):
+            outcomes[ballot.item].append(found)
+    items = []
+    for item, entries in list(pool.items.items())[:ITEMS]:
+        rows = ratings(outcomes[item], [entry.id for entry in entries], draws=60)
+        ranked = [asdict(row) | _entry(pool.by_id[row.name]) for row in rows]
+        items.append({"prompt": caption(entries[0]), "answers": ranked})
+    return {"items": items, "of": len(pool.items)}
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    shown = {"text": said(entry)} if entry.kind == "text" else {"media": f"/vote/entry/{entry.id}", "kind": entry.kind}
+    return shown | {"name": entry.system or "unnamed"}
+
+
+def said(entry: Entry) -> str:
+    """The words of a text; one that has changed on the disk since is no reason to stop."""
+    try:
+        return str(entry.block.data)
+    except DataError:
+        return "This answer cannot be read any more."
+
+
+def _named(ballot: Ballot, pool: Pool) -> dict[str, Any]:
+    left, right = pool.by_id[ballot.left], pool.by_id[ballot.right]
+    names = {"left": left.system or "unnamed", "right": right.system or "unnamed"}
+    return {"prompt": caption(left), "choice": ballot.choice} | names
+
+
+def caption(entry: Entry) -> str:
+    """The words of an entry's prompt."""
+    return " ".join(str(block.data) for block in entry.prompt if block.kind == "text")

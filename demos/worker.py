@@ -1,0 +1,327 @@
+"""Models in a process of their own: it can be asked, stopped, timed out and started again, and pages never wait for it.
+
+The two processes speak JSON over a pipe; nothing is unpickled, and media pass as files whose names nobody can guess. One
+request is answered at a time. A request is stopped between two steps of the model; what does not stop then is killed, and so
+is what takes too long, and the process is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from mmpo import masking
+from mmpo.demos.systems import Source
+
+TIMEOUT = 300.0  # seconds of one request
+START_TIMEOUT = 900.0  # of loading models
+GRACE = 5.0  # between being asked to stop and being killed
+KINDS = ("waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed")
+LAST = frozenset({"done", "stopped", "failed"})
+Kind = Literal["waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed"]
+Open = Callable[[Source, Path, Path], Any]
+
+
+class Stopped(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that became known. system, index: whose sample of which seed. value: its fields (see `Opened.answer`)."""
+
+    kind: Kind
+    system: int = 0
+    index: int = 0
+    value: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """name: starting, ready (it answers), failed (it does not: message), closed. prompts: held-out ones, None while unread."""
+
+    name: Literal["starting", "ready", "failed", "closed"]
+    message: str = ""
+    prompts: tuple[dict[str, Any], ...] | None = None
+    judged: bool = False
+
+
+class Worker:
+    """The models of a source, behind a pipe. files: folder for samples. opener: what opens the source, there."""
+
+    def __init__(
+        self, source: Source, files: Path, cache: Path, *, timeout: float = TIMEOUT, grace: float = GRACE,
+        opener: Open | None = None,
+    ) -> None:  # fmt: skip
+        self.source, self.files, self.cache, self.timeout, self.grace, self.opener = (
+            source,
+            files,
+            cache,
+            timeout,
+            grace,
+            opener,
+        )
+        self.state = State("starting")
+        self._turn, self._change = threading.Lock(), threading.RLock()
+        self._process: Any = None
+        self._pipe: Connection | None = None
+        self._events: queue.Queue[Event] = queue.Queue()
+        self._number, self._owner = 0, ""
+        self._began, self._stopping = 0.0, 0.0
+
+    def start(self) -> None:
+        """Start the process; returns at once, and `state` tells when it is ready."""
+        with self._change:
+            if self.state.name == "closed":
+                return
+            context = multiprocessing.get_context("spawn")
+            near, far = context.Pipe()
+            process = context.Process(target=serve, args=(far, self.source, self.files, self.cache, self.opener), daemon=True)
+            process.start()
+            far.close()
+            self._process, self._pipe, self.state, self._began = process, near, State("starting"), time.monotonic()
+            threading.Thread(target=self._listen, args=(near, process), daemon=True).start()
+
+    def sample(
+        self, words: str, seeds: Sequence[int], *, held: int | None = None, steps: int | None = None, owner: str = ""
+    ) -> Iterator[Event]:
+        """What becomes known of an answer of every system, seed by seed; the last event is done, stopped or failed.
+
+        held: number of the held-out prompt that the words are of, or belong to. owner: who may `cancel` it.
+        """
+        while not self._turn.acquire(timeout=0.5):
+            yield Event("waiting", value={"note": "Waiting: the models answer somebody else."})
+        try:
+            yield from self._until_ready()
+            if self.state.name != "ready":
+                yield Event("failed", value={"message": self.state.message or "The models are not running."})
+                return
+            yield from self._answered({"words": words, "seeds": list(seeds), "held": held, "steps": steps}, owner)
+        finally:
+            self._turn.release()
+
+    def cancel(self, owner: str = "") -> bool:
+        """Ask the request of this owner to stop; whether there was one."""
+        with self._change:
+            running = bool(self._owner) and self._owner == (owner or self._owner)
+            if running:
+                self._stop()
+            return running
+
+    def close(self) -> None:
+        """End the process; no other is started."""
+        with self._change:
+            self.state = State("closed", "The server is being closed.")
+            self._kill()
+
+    # ---- one request
+
+    def _until_ready(self) -> Iterator[Event]:
+        while self.state.name == "starting":
+            waited = time.monotonic() - self._began
+            yield Event("waiting", value={"note": f"Loading the models, {waited:.0f} s."})
+            if waited > START_TIMEOUT:
+                self._give_up(f"The models were not loaded within {START_TIMEOUT:.0f} s. Start the command again.")
+            time.sleep(0.25)
+
+    def _answered(self, request: dict[str, Any], owner: str) -> Iterator[Event]:
+        with self._change:
+            self._number, self._owner, self._events, self._stopping = self._number + 1, owner or "nobody", queue.Queue(), 0.0
+            self._send(request | {"do": "sample", "id": self._number})
+        ended, late, deadline = False, False, time.monotonic() + self.timeout
+        try:
+            while not ended:
+                event = self._next()
+                if self._stopping and time.monotonic() > self._stopping and not (event and event.kind in LAST):
+                    event = Event("stopped")
+                    self._again()
+                elif not late and time.monotonic() > deadline:
+                    late = True
+                    self._stop()
+                if event is not None:
+                    ended = event.kind in LAST
+                    yield self._timed_out() if late and event.kind == "stopped" else event
+        finally:
+            self._owner = ""
+            if not ended:  # whoever asked has gone
+                self._abandon()
+
+    def _stop(self) -> None:
+        """Ask the process to stop what it does, and note when it is killed if it does not."""
+        self._stopping = time.monotonic() + self.grace
+        self._send({"do": "stop", "id": self._number})
+
+    def _next(self) -> Event | None:
+        try:
+            return self._events.get(timeout=0.25)
+        except queue.Empty:
+            return None
+
+    def _timed_out(self) -> Event:
+        told = f"This took longer than {self.timeout:.0f} s and was stopped. Fewer seeds or steps take less."
+        return Event("failed", value={"message": told})
+
+    def _abandon(self) -> None:
+        """Stop the request, kindly at first."""
+        self._stop()
+        while time.monotonic() < self._stopping:
+            event = self._next()
+            if event is not None and event.kind in LAST:
+                return
+        self._again()
+
+    # ---- the process
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._change, contextlib.suppress(OSError):  # a process that has ended is noticed where it is listened to
+            if self._pipe is not None:
+                self._pipe.send_bytes(json.dumps(message).encode())
+
+    def _listen(self, pipe: Connection, process: Any) -> None:
+        """Read what the process says until it ends."""
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._heard(json.loads(pipe.recv_bytes()))
+        process.join(self.grace)
+        with self._change:
+            if process is self._process and self.state.name != "closed":
+                self._ended(process.exitcode)
+
+    def _heard(self, said: dict[str, Any]) -> None:
+        if said["kind"] == "state":
+            self.state = State("ready", prompts=self.state.prompts, judged=said["judged"])
+        elif said["kind"] == "prompts":
+            self.state = State("ready", said.get("message", ""), tuple(said["prompts"]), self.state.judged)
+        elif said["kind"] == "broken":
+            self.state = State("failed", said["message"])
+        elif said["id"] == self._number:
+            known = ("kind", "system", "index", "id")
+            value = {name: given for name, given in said.items() if name not in known}
+            self._events.put(Event(said["kind"], said.get("system", 0), said.get("index", 0), value))
+
+    def _ended(self, code: int | None) -> None:
+        """The process is gone: what was asked of it fails, and a new one is started, but not where none gets ready."""
+        was = self.state
+        if was.name == "failed":
+            return
+        if was.name == "starting":
+            self.state = State("failed", f"The models' process {fate(code)} while it loaded them. Start the command again.")
+            return
+        self._events.put(Event("failed", value={"message": f"The models' process {fate(code)}. It is being started again."}))
+        self.start()
+
+    def _again(self) -> None:
+        """Kill the process and start another."""
+        with self._change:
+            self._kill()
+            self.start()
+
+    def _give_up(self, message: str) -> None:
+        with self._change:
+            self.state = State("failed", message)
+            self._kill()
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.join(self.grace)
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+
+def fate(code: int | None) -> str:
+    """In words, how a process ended that nobody ended."""
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was ended by {name}" + (", most likely because memory ran out; fewer seeds take less" if name == "SIGKILL" else "")
+
+
+# ---- in the process
+
+
+def serve(pipe: Connection, source: Source, files: Path, cache: Path, opener: Open | None) -> None:
+    """Open the source and answer requests until the other end of the pipe is closed."""
+    link = Link(pipe)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process
+    with contextlib.suppress(OSError):
+        os.nice(10)  # votes and pages come first
+    try:
+        opened = (opener or _opener())(source, files, cache)
+    except Exception as error:
+        return link.say("broken", message=f"The models cannot be opened: {told(error)}")
+    link.say("state", judged=opened.judge is not None)
+    try:
+        link.say("prompts", prompts=opened.held_out())
+    except Exception as error:  # data that are no longer where they were cost the prompts, not the page
+        link.say("prompts", prompts=[], message=f"The held-out prompts cannot be read: {told(error)}")
+    while True:
+        answer(opened, link, link.requests.get())
+
+
+def _opener() -> Open:
+    from mmpo.demos.opened import open_source  # and with it torch, in this process alone
+
+    return open_source
+
+
+def answer(opened: Any, link: Link, request: dict[str, Any]) -> None:
+    """Answer one request, with one last event whatever happens."""
+
+    def check() -> None:
+        if request["id"] in link.stopped:
+            raise Stopped
+
+    def tell(kind: str, **fields: Any) -> None:
+        link.say(kind, id=request["id"], **fields)
+
+    try:
+        opened.answer(request, tell, check)
+        tell("done")
+    except Stopped:
+        tell("stopped")
+    except Exception as error:
+        tell("failed", message=told(error))
+
+
+def told(error: Exception) -> str:
+    """An error as a page may show it: in its own words, without secrets."""
+    named = type(error).__module__.startswith("mmpo") or isinstance(error, ValueError)
+    return masking.in_text(str(error) if named and str(error) else f"{type(error).__name__}: {error}")
+
+
+class Link:
+    """The process's end of the pipe. requests: what is asked. stopped: numbers of requests that nobody waits for."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.requests: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.stopped: set[int] = set()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def say(self, kind: str, **fields: Any) -> None:
+        with self._lock:
+            self._pipe.send_bytes(json.dumps({"kind": kind, **fields}).encode())
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                said = json.loads(self._pipe.recv_bytes())
+                if said["do"] == "stop":
+                    self.stopped.add(said["id"])
+                else:
+                    self.requests.put(said)
+        os._exit(0)  # the server is gone
