@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -73,10 +74,8 @@ def build(site: Site, *, names: frozenset[str] = LOOPBACK, auth: Path | None = N
     for name in _OTHERS:
         os.environ.pop(name, None)
     os.environ.update(_SETTINGS, GRADIO_TEMP_DIR=str(cache))
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise MissingExtra("gradio", "demo") from error
+    require_gradio()
+    import gradio as gr
     from fastapi import FastAPI
 
     from mmpo.demos.guard import Guard
@@ -103,6 +102,12 @@ def build(site: Site, *, names: frozenset[str] = LOOPBACK, auth: Path | None = N
         allowed_paths=[str(media)], blocked_paths=[str(path) for path in private],
         max_file_size="20mb", ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, theme=theme.theme(),
     )  # fmt: skip
+
+
+def require_gradio() -> None:
+    """Raises MissingExtra where Gradio, with which FastAPI and Starlette come, is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingExtra("gradio", "demo")
 
 
 def closed(blocks: gr.Blocks, title: str) -> gr.Blocks:

@@ -35,8 +35,10 @@ def compare(
     open_page: Open = False,
 ) -> None:
     """See what models make of the same prompt and seed side by side, and where they differ."""
-    from mmpo.demos import compare as page
     from mmpo.demos import site
+
+    site.require_gradio()
+    from mmpo.demos import compare as page
 
     source = page.open_source(run or (None if model or samples else newest_run()), model or (), samples)
     site.serve(page.compare_site(source), host=host, port=port, auth_file=auth_file, show=open_page)
@@ -59,6 +61,8 @@ def vote(
 ) -> None:
     """Say which of two is better without knowing whose it is; the votes become pairs to train on."""
     from mmpo.demos import pool, site
+
+    site.require_gradio()
     from mmpo.demos.vote import vote_site
 
     where = source or newest_run()
@@ -77,6 +81,8 @@ def label(
 ) -> None:
     """Rank the generations in a folder: of all pairs, the one is asked whose answer tells most."""
     from mmpo.demos import pool, site
+
+    site.require_gradio()
     from mmpo.demos.vote import vote_site
 
     page = vote_site(pool.open_pool(folder, "label"), out or pool.default_folder(folder), "label")

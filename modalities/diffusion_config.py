@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from mmpo.pair import Kind
 from mmpo.schema import Count, Precision, Section
+
+if TYPE_CHECKING:
+    from mmpo.pair import Kind
 
 ANSWERS: Kind = "image"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from mmpo.modalities import text_config
-from mmpo.pair import Kind
 from mmpo.schema import Count, Section
+
+if TYPE_CHECKING:
+    from mmpo.pair import Kind
 
 ANSWERS: Kind = "text"
 

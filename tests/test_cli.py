@@ -16,6 +16,7 @@ import typer
 from mmpo import cli, find
 from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 
+SERVED = {"--host", "--port", "--auth-file", "--open"}
 SURFACE = {
     "train": {"words", "--modality", "--set", "--plugin", "--rounds", "--allow-drift"},
     "data validate": {"path", "--format", "--root"},
@@ -38,6 +39,11 @@ SURFACE = {
         "--candidates",
         "--seed",
     },
+    "demo compare": {"run", "--model", "--samples"} | SERVED,
+    "demo vote": {"source", "--out"} | SERVED,
+    "demo label": {"folder", "--out"} | SERVED,
+    "demo export": {"folder", "--to", "--out", "--ties", "--source"},
+    "demo password": {"name"},
     "list": {"room"},
     "doctor": {"--json"},
     "pairs": {

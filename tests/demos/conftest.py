@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -51,14 +52,21 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a finished run of a modality on its embedded world, a few steps long; not to be changed."""
+    """The folder of a finished run of a modality on its embedded world, a few steps long; not to be changed.
+
+    pytest's workers make each of them once between them: training goes on where it was, and here it has ended.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "finished"
+    shared.mkdir(exist_ok=True)
 
     @cache
     def make(modality: str) -> Path:
         from mmpo import cli
 
-        out = tmp_path_factory.mktemp("runs") / modality
-        assert cli.main(["train", "--modality", modality, *SHORT[modality], f"out={out}"]) == 0
+        out = shared / modality
+        with FileLock(shared / f"{modality}.lock"):
+            assert cli.main(["train", "--modality", modality, *SHORT[modality], f"out={out}"]) == 0
         return out
 
     return make

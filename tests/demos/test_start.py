@@ -46,6 +46,15 @@ def test_without_a_run_the_command_says_how_to_make_one(
         assert "mmpo train --modality diffusion" in capsys.readouterr().err
 
 
+def test_without_gradio_the_command_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for words in (["compare", str(tmp_path)], ["vote", str(tmp_path)], ["label", str(tmp_path)]):
+        assert cli.main(["demo", *words]) == cli.MISSING
+        assert "pip install" in (told := capsys.readouterr().err) and "mmpo[demo]" in told
+
+
 def test_the_newest_finished_run_is_taken(tmp_path: Path) -> None:
     for age, name in enumerate(["newest", "old", "unfinished"]):
         (tmp_path / name).mkdir()

@@ -12,7 +12,7 @@ from mmpo.pair import Block, text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality", ["text", "diffusion"])
+@pytest.mark.parametrize("modality", ["text", "vlm", "diffusion"])
 def test_a_run_is_a_pool(modality: str, finished_run: Callable[[str], Path]) -> None:
     pool = open_pool(finished_run(modality))
     assert pool.systems == ["base", "aligned"] and pool.matchups and not pool.ledger.refused

@@ -500,7 +500,8 @@ def test_samples_are_written_for_people_and_programs(checkpoint: Checkpoint, tmp
     ours.write_samples(tmp_path, asked, base, Samples.unjudged([text("1"), text("2")]))
     lines = [json.loads(line) for line in (tmp_path / "base.jsonl").read_text().splitlines()]
     assert lines[0] == {"prompt": "a < b?", "text": "yes", "score": 0.5, "correct": True}
-    assert lines[1] == {"prompt": "user: c", "text": "no & so", "score": None, "correct": False}
+    turns = [{"role": "user", "text": "c"}]
+    assert lines[1] == {"prompt": "user: c", "turns": turns, "text": "no & so", "score": None, "correct": False}
     assert json.loads((tmp_path / "aligned.jsonl").read_text().splitlines()[1])["text"] == "2"
     page = (tmp_path / "sheet.html").read_text()
     assert "<td>a &lt; b?</td><td>yes</td><td>1</td>" in page and "no &amp; so" in page
