@@ -314,14 +314,10 @@ class Adapter:
     # ---- sample, describe, save
 
     def sample(
-        self,
-        model: nn.Module,
-        prompts: Sequence[tuple[Block, ...]],
-        seeds: Sequence[int],
-        watch: Watch | None = None,
+        self, model: nn.Module, prompts: Sequence[tuple[Block, ...]], seeds: Sequence[int], watch: Watch | None = None,
         steps: int | None = None,
-    ) -> list[Block]:
-        spec = self._sampling_of(steps)
+    ) -> list[Block]:  # fmt: skip
+        spec = text_sample.limited(self._sampling, steps)
         ids = [self._asked(p) for p in prompts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # prompts of like length waste no padding
         blocks: dict[int, Block] = {}
@@ -331,10 +327,6 @@ class Adapter:
             found = text_sample.generate(model, *given, self._stop, spec, watch=self._telling(watch, part, spec))
             blocks |= {i: text(self.turns.decode(tokens)) for i, tokens in zip(part, found, strict=True)}
         return [blocks[i] for i in range(len(ids))]
-
-    def _sampling_of(self, steps: int | None) -> SampleConfig:
-        longest = self._sampling.max_new_tokens
-        return self._sampling if steps is None else self._sampling.model_copy(update={"max_new_tokens": min(steps, longest)})
 
     def _telling(self, watch: Watch | None, part: Sequence[int], spec: SampleConfig) -> text_sample.Tell | None:
         return None if watch is None else text_sample.telling(watch, part, spec.max_new_tokens, self.turns.decode)

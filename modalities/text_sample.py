@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpo.kernels.prefix import causal
+from mmpo.modalities.text_config import SampleConfig
 from mmpo.modality import Step, Watch
 from mmpo.sharding import sharded
 
@@ -31,13 +32,18 @@ def telling(watch: Watch, part: Sequence[int], longest: int, decode: Callable[[l
     return tell
 
 
+def limited(spec: SampleConfig, tokens: int | None) -> SampleConfig:
+    """The same settings, for at most so many tokens where they are given."""
+    return spec if tokens is None else spec.model_copy(update={"max_new_tokens": min(tokens, spec.max_new_tokens)})
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     stops: frozenset[int],
-    spec: Any,
+    spec: SampleConfig,
     first: Mapping[str, Any] | None = None,
     ahead: Tensor | None = None,
     watch: Tell | None = None,

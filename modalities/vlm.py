@@ -245,7 +245,7 @@ class Adapter(text.Adapter):
         watch: Watch | None = None,
         steps: int | None = None,
     ) -> list[Block]:
-        spec = self._sampling_of(steps)
+        spec = text_sample.limited(self._sampling, steps)
         room = None if self._context is None else self._context - self._sampling.max_new_tokens
         rows = [self._asked_row(prompt, room) for prompt in prompts]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
