@@ -1,4 +1,7 @@
-"""From a run to a better run in one test: look at every modality, vote with the keyboard, write the votes, train on them."""
+"""From a run to a better run in one test: look at every modality, vote with the keyboard, write the votes, train on them.
+
+README's picture of two models is made here, of the whole run of the default: MMPO_RUNS=FOLDER MMPO_SCREENSHOTS=docs/images.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,13 @@ from tests.demos.conftest import SHORT, serving
 from tests.demos.test_axe import findings
 
 pytestmark = pytest.mark.slow
+LONG = os.environ.get("MMPO_RUNS")  # a folder of whole runs by modality, for screenshots that show something
 KEYS = ["1", "2", "ArrowLeft", "ArrowRight"] * 4 + ["1", "2", "0", "9"]  # 18 that prefer one, a tie, and both bad
 
 
 def compare(page: Page, url: str, modality: str, shots: Path) -> None:
     """A held-out prompt, both answers to it, and how much likelier each has become."""
+    page.set_viewport_size({"width": 1280, "height": 900})
     page.goto(url)
     status = page.locator("#compare-status textarea, #compare-status input")
     expect(status).to_have_value(re.compile("Ready"), timeout=240_000)
@@ -41,6 +46,7 @@ def compare(page: Page, url: str, modality: str, shots: Path) -> None:
     for told in page.locator(".compare-told:visible").all():
         expect(told).to_contain_text("Log-ratio")
     expect(page.locator("#compare-curves img").first).to_be_visible()
+    page.set_viewport_size({"width": 1280, "height": 1400})
     page.screenshot(path=shots / f"demo_compare_{modality}.png")
     assert findings(page) == []
 
@@ -66,7 +72,8 @@ def test_look_vote_write_train(browser: Browser, finished_run: Callable[[str], P
     assert names("modalities") == sorted(SHORT), "every modality that exists"
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     for modality in SHORT:
-        with serving(compare_site(open_source(run=finished_run(modality)))) as url:
+        run = Path(LONG, modality) if LONG else finished_run(modality)
+        with serving(compare_site(open_source(run=run))) as url:
             compare(page, url, modality, shots)
     votes = tmp_path / "votes"
     with serving(vote_site(pool.open_pool(finished_run("diffusion"), "vote"), votes, "vote")) as url:
