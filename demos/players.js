@@ -3,7 +3,6 @@
 (() => {
   const APART = 0.05; // seconds that players may drift before they are set straight
   const PLAYER = "video.shown, audio.shown";
-  let leading = false; // what follows is our own doing, not a person's
 
   const rowOf = (player) => player.closest(".compare-row");
   const others = (player) => {
@@ -14,12 +13,6 @@
     const end = Number.isFinite(other.duration) ? other.duration : time;
     return Math.min(time, end);
   };
-
-  function follow(player, what) {
-    if (leading) return;
-    leading = true;
-    try { others(player).forEach(what); } finally { setTimeout(() => { leading = false; }, 0); }
-  }
 
   function loud(player) {
     player.muted = false;
@@ -40,14 +33,30 @@
     }
   }
 
+  // A follower's own events come back here as well: it does not lead, and is not apart any more, so that they end there.
   const heard = {
-    play: (player) => { if (leading || !starts(player)) return; lead(player); loud(player); follow(player, (other) => { other.currentTime = place(other, player.currentTime); other.play().catch(() => {}); }); },
-    pause: (player) => { if (!leads(player)) return; follow(player, (other) => { other.pause(); other.currentTime = place(other, player.currentTime); }); },
-    seeked: (player) => { if (leads(player) || quiet(player)) { lead(player); follow(player, (other) => { other.currentTime = place(other, player.currentTime); }); } },
-    ratechange: (player) => { if (leads(player) || quiet(player)) follow(player, (other) => { other.playbackRate = player.playbackRate; }); },
-    volumechange: (player) => { if (!leading && !player.muted) { leading = true; loud(player); setTimeout(() => { leading = false; }, 0); } },
+    play: (player) => {
+      if (!starts(player)) return;
+      lead(player);
+      loud(player);
+      for (const other of others(player)) { other.currentTime = place(other, player.currentTime); other.play().catch(() => {}); }
+    },
+    pause: (player) => {
+      if (!leads(player)) return;
+      for (const other of others(player)) { other.pause(); other.currentTime = place(other, player.currentTime); }
+    },
+    seeked: (player) => {
+      if (!(leads(player) || quiet(player)) || !apart(player)) return;
+      lead(player);
+      for (const other of others(player)) other.currentTime = place(other, player.currentTime);
+    },
+    ratechange: (player) => {
+      if (leads(player) || quiet(player)) for (const other of others(player)) other.playbackRate = player.playbackRate;
+    },
+    volumechange: (player) => { if (!player.muted) loud(player); },
     timeupdate: straighten,
   };
+  const apart = (player) => others(player).some((other) => Math.abs(other.currentTime - place(other, player.currentTime)) > 0.001);
   const quiet = (player) => others(player).every((other) => other.paused);
   const starts = (player) => leads(player) || quiet(player) || !others(player).length;
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmpo.collective import global_mean, of_same_rank, running_mean
@@ -32,6 +33,7 @@ def test_mean_without_a_process_group() -> None:
     assert global_mean(x[:0]).item() == 0
 
 
+@pytest.mark.slow
 def test_ranks_with_unequal_counts_agree(tmp_path: Path) -> None:
     """Rows weigh the same wherever they are: (1 + 2 + 3 + 10) / 4, not the mean of the ranks' means, which is 6."""
     cases = [[[1.0, 2.0, 3.0], [10.0]], [[], [4.0, 8.0]], [[], []]]

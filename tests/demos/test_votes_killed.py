@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,8 +170,8 @@ def stored(source: Path) -> tuple[list[tuple[str, str, str]], list[tuple[str, st
 @pytest.mark.slow
 def test_no_acknowledged_vote_is_lost_or_doubled(tmp_path: Path) -> None:
     source, account, start = texts(tmp_path / "samples", VOTES + 20), Account(), time.monotonic()
-    with busy():
-        asyncio.run(vote(source, free_port(), account, KILLS))
+    with busy(), ThreadPoolExecutor(1) as own:  # playwright's loop may run in this thread
+        own.submit(asyncio.run, vote(source, free_port(), account, KILLS)).result()
     votes, sides = stored(source)
     kept = Counter((comparison, nonce) for comparison, nonce, _ in votes)
     assert len(account.acknowledged) == CLIENTS * VOTES
