@@ -26,7 +26,7 @@ from tests.demos.conftest import SHORT, serving
 from tests.demos.test_axe import findings
 
 pytestmark = pytest.mark.slow
-LONG = os.environ.get("MMPO_RUNS")  # a folder of whole runs by modality, for screenshots that show something
+LONG = os.environ.get("MMPO_RUNS", "")  # a folder of whole runs by modality, for screenshots that show something
 KEYS = ["1", "2", "ArrowLeft", "ArrowRight"] * 4 + ["1", "2", "0", "9"]  # 18 that prefer one, a tie, and both bad
 
 
@@ -72,7 +72,8 @@ def test_look_vote_write_train(browser: Browser, finished_run: Callable[[str], P
     assert names("modalities") == sorted(SHORT), "every modality that exists"
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     for modality in SHORT:
-        run = Path(LONG, modality) if LONG else finished_run(modality)
+        whole = Path(LONG, modality)
+        run = whole if LONG and whole.is_dir() else finished_run(modality)
         with serving(compare_site(open_source(run=run))) as url:
             compare(page, url, modality, shots)
     votes = tmp_path / "votes"
