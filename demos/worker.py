@@ -193,9 +193,9 @@ class Worker:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 self._heard(json.loads(pipe.recv_bytes()))
-        process.join(self.grace)
-        with self._change:
+        with self._change:  # whoever holds it may wait for a process: two at once, and one is told that it lives
             if process is self._process and self.state.name != "closed":
+                process.join(self.grace)
                 self._ended(process.exitcode)
 
     def _heard(self, said: dict[str, Any]) -> None:
