@@ -65,6 +65,11 @@ class ModelConfig(Section):
     template_options: dict[str, Any] = Field(
         default={}, description="further variables of the chat template, e.g. enable_thinking: false"
     )
+    special_tokens: Literal["as_text", "as_tokens"] = Field(
+        default="as_text",
+        description="what a row's own text means where it spells a special token such as <|im_end|>: its characters, or the "
+        "token, for data that were written through a chat template already",
+    )
     end_of_turn: Literal["supervise", "leave_out"] = Field(
         default="supervise", description="whether the token that ends an answer is part of its likelihood"
     )

@@ -19,10 +19,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from mmpo.errors import DataError
+from mmpo.modalities.plain_text import Ids, Offsets, PlainText, length
 from mmpo.pair import Block, Branch, Pair, Span, text
 
-Ids = list[int]
-Offsets = list[tuple[int, int]]
 SIDES = ("chosen", "rejected")
 SENTINEL = "Xq7ZkV"  # stands for an answer where the template is asked what it writes around one
 NOWHERE = (-1, -1)
@@ -102,6 +101,10 @@ class Turns:
         return bool(self.tokenizer.chat_template)
 
     @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.tokenizer)
+
+    @cached_property
     def start(self) -> Ids:
         """What the tokenizer puts before a text of its own accord: the start-of-text token, or nothing."""
         plain, full = self._raw(SENTINEL)[0], self.tokenizer(SENTINEL).input_ids
@@ -141,7 +144,8 @@ class Turns:
     def digest(self) -> str:
         """Names the tokenizer, its template and the settings: rows of equal digests have equal tokens."""
         spec, backend = self.spec, self.tokenizer.backend_tokenizer.to_str()
-        settings = (self.limit, spec.max_response, spec.too_long, spec.end_of_turn, sorted(spec.template_options.items()))
+        limits = (self.limit, spec.max_response, spec.too_long, spec.end_of_turn)
+        settings = (*limits, spec.special_tokens, sorted(spec.template_options.items()))
         return hashlib.sha256("\0".join([backend, str(self.tokenizer.chat_template), repr(settings)]).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -150,11 +154,14 @@ class Turns:
         return written.removeprefix(self.opening)
 
     def _raw(self, words: str) -> tuple[Ids, Offsets]:
-        found = self.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found.input_ids), [(int(a), int(b)) for a, b in found.offset_mapping]
+        return self._plain.tokens(words)
+
+    def _given(self, words: str) -> str:
+        """A row's own text, as it goes into a template or before a tokenizer."""
+        return self._plain.marked(words) if self.spec.special_tokens == "as_text" else words
 
     def _render(self, blocks: Sequence[Block], generation_prompt: bool) -> str:
-        messages = [{"role": b.role, "content": str(b.data)} for b in blocks]
+        messages = [{"role": b.role, "content": self._given(str(b.data))} for b in blocks]
         options = {"tokenize": False, "add_generation_prompt": generation_prompt, **self.spec.template_options}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
@@ -178,12 +185,17 @@ class Turns:
         Raises DataError, naming the pair, for what cannot be read, and Unusable for what breaks the limits.
         """
         found = {n: replace(b, prompt=() if dropped else b.prompt) for n in branches if (b := pair.branch(n))}
+        if not dropped and self.spec.special_tokens == "as_text" and any(map(self._spells, found.values())):
+            self.counts["pairs that spell special tokens, read as text (model.special_tokens)"] += 1
         try:
             return self._fitted(found)
         except Unusable as error:
             raise Unusable(error.reason, f"pair {pair.id}: {error}") from error
         except ValueError as error:
             raise DataError(f"pair {pair.id}: {error}") from error
+
+    def _spells(self, branch: Branch) -> bool:
+        return any(self._plain.spells(str(b.data)) for b in (*branch.prompt, *branch.response) if b.kind == "text")
 
     def _fitted(self, branches: dict[str, Branch]) -> dict[str, Tokens]:
         """A row for each branch, within the limits."""
@@ -227,14 +239,14 @@ class Turns:
             return self._render(turns, True)
         if len(turns) > 1 or turns[0].role != "user" or turns[0].kind != "text":
             raise ValueError("a conversation, and the tokenizer has no chat template: name a file in model.chat_template")
-        return str(turns[0].data)
+        return self._given(str(turns[0].data))
 
     def _continue(self, before: str, answer: str) -> tuple[Ids, Offsets]:
         """An answer's tokens and their characters, as it follows the text before it."""
         opening = "" if answer.startswith(self.opening) else self.opening
         prompt = self._raw(before)[0]
         ids, offsets = self._raw(before + opening + answer)
-        skipped = len(before + opening)
+        skipped = length(before + opening)
         if ids[: len(prompt)] == prompt:
             ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
         else:
@@ -301,9 +313,9 @@ class Turns:
             yield [blocks[place]], list(blocks[place + 1 : following])
 
     def _spoken(self, turn: Sequence[Block]) -> tuple[str, list[bool]]:
-        """What the assistant says in a turn, and which of its characters count."""
+        """What the assistant says in a turn, with marks where it spells special tokens, and which of its characters count."""
         words = "".join(str(block.data) for block in turn)
-        return words, [True] * len(words)
+        return self._given(words), [True] * len(words)
 
     def _complete(self, row: Tokens, blocks: Sequence[Block]) -> Tokens:
         """The row with what else is known of its blocks."""

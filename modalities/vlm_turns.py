@@ -21,6 +21,7 @@ from torch import Tensor
 from mmpo import media
 from mmpo.cache import key
 from mmpo.modalities import text_tokens
+from mmpo.modalities.plain_text import PlainText
 from mmpo.modalities.text_tokens import SENTINEL, Tokens, Unusable
 from mmpo.modalities.vlm_images import Known, Picture, Processed, picture
 from mmpo.pair import Block, Branch
@@ -69,6 +70,10 @@ class Turns(text_tokens.Turns):
     @property
     def has_template(self) -> bool:
         return bool(self.processor.chat_template)
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        return PlainText(self.tokenizer, kept={self.processed.token})  # a picture that is missing is told, not spelt
 
     @property
     def digest(self) -> str:
@@ -183,7 +188,8 @@ class Turns(text_tokens.Turns):
         spoken: list[bool] = []
         for block in turn:
             part = self._between.replace(self.processed.token, self._shown(block)) if block.kind == "image" else str(block.data)
-            words, spoken = words + part, spoken + [block.kind == "text"] * len(part)
+            spoken += [block.kind == "text"] * len(part)
+            words += self._given(part) if block.kind == "text" else part
         return words, spoken
 
     @cached_property
@@ -199,7 +205,7 @@ class Turns(text_tokens.Turns):
 
     def _render(self, blocks: Sequence[Block], generation_prompt: bool) -> str:
         """The conversation as the template writes it, with what the processor puts in the place of each image."""
-        messages = [{"role": turn[0].role, "content": [_content(b) for b in turn]} for turn in _grouped(blocks)]
+        messages = [{"role": turn[0].role, "content": [self._content(b) for b in turn]} for turn in _grouped(blocks)]
         first, *parts = self._templated(messages, generation_prompt).split(self.processed.token)
         images = [b for b in blocks if b.kind == "image"]
         if len(parts) != len(images):
@@ -208,6 +214,9 @@ class Turns(text_tokens.Turns):
                 "contain it, and the chat template has to write it once for each image"
             )
         return first + "".join(self._shown(image) + part for image, part in zip(images, parts, strict=True))
+
+    def _content(self, block: Block) -> dict[str, str]:
+        return {"type": "image"} if block.kind == "image" else {"type": "text", "text": self._given(str(block.data))}
 
     def _templated(self, messages: Sequence[Any], generation_prompt: bool) -> str:
         options = {"tokenize": False, "add_generation_prompt": generation_prompt, **self.spec.template_options}
@@ -225,7 +234,7 @@ class Turns(text_tokens.Turns):
 
         def made(max_pixels: int | None) -> dict[str, Tokens]:
             prompt, _ = self.shown(blocks, (), max_pixels or self.spec.images.max_pixels)
-            ids, said = self.prompt(prompt), self._continue(self._written(prompt), begun)[0] if begun else []
+            ids, said = self.prompt(prompt), self._continue(self._written(prompt), self._given(begun))[0] if begun else []
             nothing = torch.zeros(len(ids) + len(said), dtype=torch.bool)
             row = Tokens(torch.tensor(ids + said), nothing, torch.full((len(nothing), 2), -1), len(ids))
             return {"prompt": self._complete(row, prompt)}
@@ -243,10 +252,6 @@ def _grouped(blocks: Sequence[Block]) -> list[list[Block]]:
         turn = list(alike)
         found += [turn] if any(b.kind == "image" for b in turn) else [[b] for b in turn]
     return found
-
-
-def _content(block: Block) -> dict[str, str]:
-    return {"type": "image"} if block.kind == "image" else {"type": "text", "text": str(block.data)}
 
 
 def _longest(rows: dict[str, Tokens]) -> int:

@@ -1,11 +1,11 @@
 """Runs that are really killed, and what has to be identical afterwards.
 
-A server process imports torch and diffusers once; each attempt at a run is a fork of it, so that many kills take little
-time.
+A server process imports once what a run needs; each attempt at a run is a fork of it, so that many kills take little time.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -23,6 +23,12 @@ from tests.tiny_run import load, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 JUDGE = "judge.name=tests.tiny_run:brightness"
+NEEDED = {
+    "diffusers": ("StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel", "DDPMScheduler"),
+    "transformers": ("CLIPTextModel", "CLIPTokenizer"),
+    "mmpo.modalities.diffusion": ("Adapter",),
+    "mmpo.launch": ("run",),
+}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -58,12 +64,16 @@ def differences(folder: Path, expected: dict[str, bytes]) -> list[str]:
 def ready() -> None:
     """What a server does first: one thread, as the runs that it is compared with, and the tests' own judge allowed.
 
-    Its runs' reports have no curves, which are drawn from the log alone and take a third of a tiny run's time.
+    Libraries import their parts when they are first asked for, so they are asked for here, or each fork would import them
+    again. The runs' reports have no curves, which are drawn from the log alone and take a third of a tiny run's time.
     """
     import torch
 
     from mmpo import find, report
 
+    for module, names in NEEDED.items():
+        for name in names:
+            getattr(importlib.import_module(module), name)
     torch.set_num_threads(1)
     find.PLUGINS.add("tests.tiny_run")
     report.curves = lambda *_, **__: []

@@ -13,7 +13,7 @@ from tests.killed_runs import JUDGE, killed_cold, outcome, start, trials
 from tests.reliability.counters import FULL, counter
 from tests.tiny_run import make_world
 
-WORDS = (JUDGE, "train.steps=20", "train.save_every=5", "eval.every=10", "data.prompt_dropout=0.2")
+WORDS = (JUDGE, "train.steps=12", "train.save_every=3", "eval.every=6", "data.prompt_dropout=0.2")
 KILLS = 200 if FULL else 40
 COLD = 20
 
