@@ -19,8 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mmpo.demos import cards, heat, history, markup
+from mmpo.demos import brought, cards, heat, history, markup
 from mmpo.demos.blinding import blinded
+from mmpo.demos.brought import Brought
 from mmpo.demos.pool import Entry
 from mmpo.demos.site import Site, private_folder
 from mmpo.demos.systems import Source, open_source
@@ -65,7 +66,9 @@ def compare_site(source: Source, worker: Worker | None = None) -> Site:
         lock.release()
         shutil.rmtree(folder, ignore_errors=True)
 
-    return Site(TITLE, desk.page, media, routes=desk.routes(), scripts=(SCRIPT,), close=close)
+    return Site(
+        TITLE, desk.page, media, routes=desk.routes(), scripts=(SCRIPT,), close=close, uploads=source.pictures
+    )  # fmt: skip
 
 
 class Desk:
@@ -73,6 +76,7 @@ class Desk:
 
     def __init__(self, source: Source, files: Path, worker: Worker | None) -> None:
         self.source, self.files, self.worker = source, files, worker
+        self.brought = Brought(files)
         self._drawn: list[history.Drawn] | None = None
         self._drawing = threading.Lock()
 
@@ -142,6 +146,7 @@ class Desk:
                 words = gr.Textbox(label="Prompt", lines=2, max_lines=8, max_length=TEXT, elem_id="compare-prompt")
                 held = gr.Dropdown([(OWN, -1)], value=-1, label="Held-out prompt", elem_id="compare-held")
                 pictures = gr.Markdown("", visible=False, elem_id="compare-pictures", **markup.PLAIN)
+                own: dict[str, Any] = self._uploads() if self.source.pictures else {}
             with gr.Column(scale=2, min_width=280):
                 with gr.Row():
                     seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
@@ -152,8 +157,19 @@ class Desk:
                     stop = gr.Button("Stop", interactive=False, elem_id="compare-stop")
         return {
             "words": words, "held": held, "pictures": pictures, "seed": seed, "count": count, "steps": steps, "run": run,
-            "stop": stop,
-        }  # fmt: skip
+            "stop": stop, "names": gr.State([]),
+        } | own  # fmt: skip
+
+    def _uploads(self) -> dict[str, Any]:
+        """Where visitors bring pictures of their own, and leave them out again."""
+        import gradio as gr
+
+        without = gr.Button("Without these pictures", visible=False, size="sm", elem_id="compare-without")
+        file = gr.File(
+            label="Pictures of your own", file_count="multiple", file_types=list(brought.SUFFIXES), height=130,
+            elem_id="compare-upload",
+        )  # fmt: skip
+        return {"file": file, "without": without}
 
     def _items(self) -> dict[str, Any]:
         import gradio as gr
@@ -226,8 +242,11 @@ class Desk:
         timer = gr.Timer(1.0)
         shown = [status, parts["held"], timer]
         timer.tick(self._looked(parts["held"], status, timer), [status], shown, show_progress="hidden")
-        parts["held"].input(self._picked, [parts["held"]], [parts["words"], parts["pictures"]], show_progress="hidden")
-        given = [parts[name] for name in ("words", "held", "seed", "count", "steps")]
+        chosen = [parts["words"], parts["pictures"], parts["names"], *([parts["without"]] if self.source.pictures else [])]
+        parts["held"].input(self._picked, [parts["held"]], chosen, show_progress="hidden")
+        if self.source.pictures:
+            self._wire_uploads(parts, status)
+        given = [parts[name] for name in ("words", "held", "seed", "count", "steps", "names")]
         outputs = [status, parts["run"], parts["stop"], *rows, *cards.components(grid)]
         run = self._run(parts, status, rows, grid)
         for trigger in (parts["run"].click, parts["words"].submit):
@@ -239,6 +258,29 @@ class Desk:
 
         parts["stop"].click(stop, None, None, show_progress="hidden", queue=False)
         blocks.unload(stop)  # whoever closes the page waits no more
+
+    def _wire_uploads(self, parts: Mapping[str, Any], status: Any) -> None:
+        """Pictures that are brought are shown, take the place of a held-out prompt's, and can be left out again."""
+        import gradio as gr
+
+        file, names, held, without = (parts[name] for name in ("file", "names", "held", "without"))
+
+        def take(paths: list[str] | None, known: list[str]) -> Updates:
+            given = [str(path) for path in paths or ()]
+            try:
+                found = known + self.brought.take(given)
+                said = f"At most {brought.MOST} pictures; the first of them are taken." if len(found) > brought.MOST else ""
+            except DataError as error:
+                found, said = known, str(error)
+            found = found[: brought.MOST]
+            shown = {parts["pictures"]: _shown(found), without: gr.update(visible=bool(found))}
+            return shown | {file: None, names: found, held: -1, status: said or gr.skip()}
+
+        def drop() -> Updates:
+            return {parts["pictures"]: _shown([]), without: gr.update(visible=False), names: []}
+
+        file.upload(take, [file, names], [file, names, parts["pictures"], held, without, status], show_progress="minimal")
+        without.click(drop, None, [names, parts["pictures"], without], show_progress="hidden")
 
     def _looked(self, held: Any, status: Any, timer: Any) -> Any:
         """Asked every second until the models and the held-out prompts are there."""
@@ -266,15 +308,13 @@ class Desk:
         prompts = self.worker.state.prompts or ()
         return prompts[number] if isinstance(number, int) and 0 <= number < len(prompts) else None
 
-    def _picked(self, number: Any) -> tuple[Any, Any]:
-        """The words and the pictures of a held-out prompt."""
+    def _picked(self, number: Any) -> tuple[Any, ...]:
+        """The words and the pictures of a held-out prompt; a visitor's own go."""
         import gradio as gr
 
         prompt = self._held(number)
-        if prompt is None:
-            return gr.skip(), gr.update(value="", visible=False)
-        shown = "".join(markup.medium("image", f"/shown/{name}", "Picture of the prompt") for name in prompt["pictures"])
-        return prompt["words"], gr.update(value=shown, visible=bool(shown))
+        words, shown = (gr.skip(), _shown([])) if prompt is None else (prompt["words"], _shown(prompt["pictures"]))
+        return words, shown, [], *([gr.update(visible=False)] if self.source.pictures else [])
 
     def _run(self, parts: Mapping[str, Any], status: Any, rows: Sequence[Any], grid: Grid) -> Any:
         import gradio as gr
@@ -283,7 +323,9 @@ class Desk:
         assert worker is not None
 
         @cards.with_request
-        def compare(words: Any, held: Any, seed: Any, count: Any, steps: Any, request: Any) -> Iterator[Updates]:
+        def compare(
+            words: Any, held: Any, seed: Any, count: Any, steps: Any, names: list[str], request: Any
+        ) -> Iterator[Updates]:
             asked = str(words or "").strip()
             if not asked or len(asked) > TEXT:
                 yield {status: f"Write a prompt of 1 to {TEXT:,} characters, or choose a held-out one."}
@@ -296,11 +338,20 @@ class Desk:
             yield begin | {status: "Asked.", run: gr.update(interactive=False), stop: gr.update(interactive=True)}
             number = held if self._held(held) else None
             options: dict[str, Any] = {"held": number, "steps": clamped(steps, 1, most), "owner": str(request.session_hash)}
+            options["pictures"] = names
             cells = [[cards.Cell(card, seed) for card in line] for line, seed in zip(grid, seeds, strict=False)]
             yield from cards.paced(worker.sample(asked, seeds, **options), cells, status)
             yield {run: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
         return compare
+
+
+def _shown(names: Sequence[str]) -> Any:
+    """A prompt's pictures, by the names of their files."""
+    import gradio as gr
+
+    shown = "".join(markup.medium("image", f"/shown/{name}", "Picture of the prompt") for name in names)
+    return gr.update(value=shown, visible=bool(shown))
 
 
 def _sample_of(entry: Entry) -> tuple[str, str]:

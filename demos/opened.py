@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import secrets
 import time
 from collections import deque
@@ -21,16 +22,18 @@ from mmpo import reference as references
 from mmpo.demos import heat
 from mmpo.demos.blinding import blinded
 from mmpo.demos.systems import Model, Source, recipe_of
+from mmpo.errors import DataError
 from mmpo.judging import Judge
 from mmpo.launch import make_judge, make_modality
 from mmpo.modality import LogRatios, Step
-from mmpo.pair import Block, Pair, text
+from mmpo.pair import Block, Pair, image, text
 from mmpo.prepare import prepare
 from mmpo.recipe import Resolved
 
 HELD = 64  # held-out prompts that are offered
 KEPT = 256  # files of samples that are kept; older ones go
 OFTEN = 0.1  # seconds between two messages about progress
+PICTURE = re.compile(r"[0-9a-f]{32}\.png")
 SUFFIX = {"image/png": ".png", "audio/wav": ".wav", "video/mp4": ".mp4", "video/webm": ".webm"}
 
 Prompt = tuple[Block, ...]
@@ -68,9 +71,12 @@ class Opened:
     def answer(self, request: dict[str, Any], tell: Tell, check: Callable[[], None]) -> None:
         """Sample every system under the same seeds, then judge and explain; each is told as soon as it is known.
 
-        request: held (number of a held-out prompt, or None), words, seeds, steps. check: raises when nobody waits any more.
+        request: held (number of a held-out prompt, or None), words, seeds, steps, pictures (names of files, which take the
+        held-out prompt's place). check: raises when nobody waits any more.
         """
-        prompt, seeds = self.asked(request.get("held"), str(request["words"])), [int(s) for s in request["seeds"]]
+        brought = [self._picture(str(name)) for name in request.get("pictures", ())]
+        prompt = (*brought, text(str(request["words"]))) if brought else self.asked(request.get("held"), str(request["words"]))
+        seeds = [int(s) for s in request["seeds"]]
         made = []
         for i, system in enumerate(self.systems):
             check()
@@ -89,6 +95,12 @@ class Opened:
         if "".join(words.split()) == "".join(wording(prompt).split()):
             return prompt
         return (*(Block(b.kind, b.data) for b in prompt if b.kind != "text"), text(words))
+
+    def _picture(self, name: str) -> Block:
+        """A picture that a visitor brought. Raises DataError where it has gone."""
+        if not PICTURE.fullmatch(name) or not (self.files / name).is_file():
+            raise DataError("a picture of this prompt is not kept any more; choose it again")
+        return image((self.files / name).read_bytes())
 
     def _sampled(
         self, number: int, system: System, prompt: Prompt, seeds: list[int], steps: int | None, tell: Tell,

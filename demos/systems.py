@@ -39,7 +39,8 @@ class Model:
 class Source:
     """title: for people. kind: of the answers. systems: their names, in the order of the page; of all answers of a prompt.
 
-    steps: what a sample takes at most, and of what; None where nothing is generated. run, models, pool: one of the three.
+    steps: what a sample takes at most, and of what; None where nothing is generated. pictures: whether a prompt may have some.
+    run, models, pool: one of the three.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Source:
     run: Path | None = None
     models: tuple[Model, ...] = ()
     pool: Pool | None = field(default=None, compare=False)
+    pictures: bool = False
 
 
 def open_source(run: Path | None = None, models: Sequence[str] = (), samples: Path | None = None) -> Source:
@@ -72,7 +74,8 @@ def of_run(folder: Path) -> Source:
         raise RecipeError(f"{folder}: no weights under best/; the run has not reached its first evaluation")
     recipe = recipes.load(folder / "recipe.yaml").recipe
     kind = find.answers(recipe.modality)
-    return Source(folder.resolve().name, kind, ("base", "aligned"), recipe.model.steps, run=folder.resolve())
+    pictures = "image" in find.prompts(recipe.modality)
+    return Source(folder.resolve().name, kind, ("base", "aligned"), recipe.model.steps, folder.resolve(), pictures=pictures)
 
 
 def of_models(models: Sequence[Model]) -> Source:
@@ -87,7 +90,9 @@ def of_models(models: Sequence[Model]) -> Source:
         raise RecipeError(f"--model: answers of one kind can be compared, these are {' and '.join(sorted(kinds))}")
     steps = [recipe_of(model).recipe.model.steps for model in models]
     most = max(number for number, _ in steps)
-    return Source(" and ".join(names), kinds.pop(), tuple(names), (most, steps[0][1]), models=tuple(models))
+    pictures = all("image" in find.prompts(model.modality) for model in models)
+    limit = (most, steps[0][1])
+    return Source(" and ".join(names), kinds.pop(), tuple(names), limit, models=tuple(models), pictures=pictures)
 
 
 def of_samples(folder: Path) -> Source:

@@ -94,11 +94,13 @@ class Worker:
             threading.Thread(target=self._listen, args=(near, process), daemon=True).start()
 
     def sample(
-        self, words: str, seeds: Sequence[int], *, held: int | None = None, steps: int | None = None, owner: str = ""
-    ) -> Iterator[Event]:
+        self, words: str, seeds: Sequence[int], *, held: int | None = None, steps: int | None = None, owner: str = "",
+        pictures: Sequence[str] = (),
+    ) -> Iterator[Event]:  # fmt: skip
         """What becomes known of an answer of every system, seed by seed; the last event is done, stopped or failed.
 
-        held: number of the held-out prompt that the words are of, or belong to. owner: who may `cancel` it.
+        held: number of the held-out prompt that the words are of, or belong to. owner: who may `cancel` it. pictures: names of
+        files that stand before the words.
         """
         while not self._turn.acquire(timeout=0.5):
             yield Event("waiting", value={"note": "Waiting: the models answer somebody else."})
@@ -107,7 +109,8 @@ class Worker:
             if self.state.name != "ready":
                 yield Event("failed", value={"message": self.state.message or "The models are not running."})
                 return
-            yield from self._answered({"words": words, "seeds": list(seeds), "held": held, "steps": steps}, owner)
+            request = {"words": words, "seeds": list(seeds), "held": held, "steps": steps, "pictures": list(pictures)}
+            yield from self._answered(request, owner)
         finally:
             self._turn.release()
 

@@ -65,6 +65,11 @@ def answers(modality: str) -> Any:
     return _of_config(modality, "ANSWERS")
 
 
+def prompts(modality: str) -> Any:
+    """The kinds of blocks that a modality's prompts may hold, from the same file."""
+    return _of_config(modality, "PROMPTS")
+
+
 def _of_config(modality: str, attribute: str) -> Any:
     if ":" in modality:
         return _plugin(f"{modality.partition(':')[0]}:{attribute}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmpo.pair import Kind
 
 ANSWERS: Kind = "image"
+PROMPTS: frozenset[Kind] = frozenset({"text"})
 
 
 class LoraConfig(Section):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmpo.pair import Kind
 
 ANSWERS: Kind = "text"
+PROMPTS: frozenset[Kind] = frozenset({"text"})
 
 
 class LoraConfig(Section):
@@ -65,7 +66,7 @@ class ModelConfig(Section):
     template_options: dict[str, Any] = Field(
         default={}, description="further variables of the chat template, e.g. enable_thinking: false"
     )
-    special_tokens: Literal["as_text", "as_tokens"] = Field(
+    chat_markup: Literal["as_text", "as_tokens"] = Field(
         default="as_text",
         description="what a row's own text means where it spells a special token such as <|im_end|>: its characters, or the "
         "token, for data that were written through a chat template already",

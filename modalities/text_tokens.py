@@ -145,7 +145,7 @@ class Turns:
         """Names the tokenizer, its template and the settings: rows of equal digests have equal tokens."""
         spec, backend = self.spec, self.tokenizer.backend_tokenizer.to_str()
         limits = (self.limit, spec.max_response, spec.too_long, spec.end_of_turn)
-        settings = (*limits, spec.special_tokens, sorted(spec.template_options.items()))
+        settings = (*limits, spec.chat_markup, sorted(spec.template_options.items()))
         return hashlib.sha256("\0".join([backend, str(self.tokenizer.chat_template), repr(settings)]).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,7 +158,7 @@ class Turns:
 
     def _given(self, words: str) -> str:
         """A row's own text, as it goes into a template or before a tokenizer."""
-        return self._plain.marked(words) if self.spec.special_tokens == "as_text" else words
+        return self._plain.marked(words) if self.spec.chat_markup == "as_text" else words
 
     def _render(self, blocks: Sequence[Block], generation_prompt: bool) -> str:
         messages = [{"role": b.role, "content": self._given(str(b.data))} for b in blocks]
@@ -185,8 +185,8 @@ class Turns:
         Raises DataError, naming the pair, for what cannot be read, and Unusable for what breaks the limits.
         """
         found = {n: replace(b, prompt=() if dropped else b.prompt) for n in branches if (b := pair.branch(n))}
-        if not dropped and self.spec.special_tokens == "as_text" and any(map(self._spells, found.values())):
-            self.counts["pairs that spell special tokens, read as text (model.special_tokens)"] += 1
+        if not dropped and self.spec.chat_markup == "as_text" and any(map(self._spells, found.values())):
+            self.counts["pairs that spell special tokens, read as text (model.chat_markup)"] += 1
         try:
             return self._fitted(found)
         except Unusable as error:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmpo.pair import Kind
 
 ANSWERS: Kind = "text"
+PROMPTS: frozenset[Kind] = frozenset({"text", "image"})
 
 
 class ImagesConfig(Section):

@@ -7,7 +7,8 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 from mmpo import masking, yaml_source
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
+from mmpo.find import names
 from mmpo.recipe import Resolved, dump, load, loss_parameters
 from mmpo.schema import Recipe, Term, recipe_class, section_at
 from mmpo.yaml_source import Mark, parse
@@ -346,9 +348,22 @@ def test_any_options_survive_a_dump(options: dict[str, Any]) -> None:
 # ---- schema
 
 
+def kinds(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) or (annotation,)
+
+
 def sections(schema: type[BaseModel]) -> list[type[BaseModel]]:
     below = [section_at(schema, [name]) for name in schema.model_fields]
     return [schema, *(s for b in below if b for s in sections(b))]
+
+
+@pytest.mark.parametrize("modality", names("modalities"))
+def test_no_setting_of_words_is_called_like_a_secret(modality: str) -> None:
+    """Its value would be masked in recipe.yaml, and the run could not go on."""
+    for section in sections(recipe_class(modality)):
+        for name, field in section.model_fields.items():
+            if masking.masked(name, "words") == masking.MASK:
+                assert set(kinds(field.annotation)) <= {int, float, bool, NoneType}, name
 
 
 def test_every_setting_is_described_and_no_section_takes_unknown_keys() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("gradio")
 pytest.importorskip("axe_playwright_python")
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, FilePayload, Page, expect
 
 from mmpo.demos import accounts, pool
 from mmpo.demos.compare import compare_site
@@ -25,9 +26,11 @@ from mmpo.demos.site import Site
 from mmpo.demos.systems import Source
 from mmpo.demos.vote import vote_site
 from mmpo.demos.worker import Worker
+from mmpo.media import encode
 from tests.demos.conftest import serving
 from tests.demos.sample_folders import picture_samples, text_samples
 from tests.demos.sources import PICTURES, WORDS, paints, says
+from tests.vlm_families import photo
 
 pytestmark = pytest.mark.slow
 SIZES = {360: 740, 1920: 1080}
@@ -121,11 +124,17 @@ def test_label(browser: Browser, tmp_path: Path) -> None:
         look(browser, url, "label", tmp_path, voting)
 
 
-@pytest.mark.parametrize(("kind", "source", "opener"), [("text", WORDS, says), ("pictures", PICTURES, paints)])
+@pytest.mark.parametrize(
+    ("kind", "source", "opener"), [("text", replace(WORDS, pictures=True), says), ("pictures", PICTURES, paints)]
+)
 def test_compare(browser: Browser, tmp_path: Path, kind: str, source: Source, opener: Callable[..., Any]) -> None:
     def ready(page: Page) -> None:
         status = page.locator("#compare-status textarea, #compare-status input")
         expect(status).to_have_value(re.compile("Ready"), timeout=60_000)
+        if source.pictures:
+            picture: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": encode(photo(1, (160, 120)))}
+            page.set_input_files("#compare-upload input[type=file]", picture)
+            expect(page.locator("#compare-pictures img.shown")).to_have_count(1)
         page.fill("#compare-prompt textarea", "a red square left of a blue circle")
         page.click("#compare-run")
         expect(status).to_have_value(re.compile("Done"), timeout=60_000)

@@ -15,6 +15,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from mmpo import media
 from mmpo.demos import cards, compare
 from mmpo.demos.compare import clamped, compare_site, label_of
 from mmpo.demos.systems import Source, open_source
@@ -23,6 +24,7 @@ from mmpo.find import names
 from tests.demos.conftest import serving
 from tests.demos.sample_folders import picture_samples, text_samples
 from tests.demos.sources import PICTURES, WORDS, cannot, paints, says
+from tests.vlm_families import photo
 
 HOSTILE = "<script>document.title='x'</script> <img src=x onerror=alert(1)> [a](javascript:alert(1)) **b** $$c$$"
 
@@ -173,6 +175,34 @@ def test_a_real_run(browser: Browser, tmp_path: Path, finished_run: Callable[[st
             assert pictures.first.evaluate("image => image.complete && image.naturalWidth") > 0
         ask(page, f"{words} ")
         status(page, "Done", 180)
+        if modality == "vlm":
+            own_pictures(page)
+        else:
+            expect(page.locator("#compare-upload")).to_have_count(0)
+
+
+def coded(seed: int, size: tuple[int, int] = (28, 28), kind: str = "PNG") -> bytes:
+    return media.encode(photo(seed, size), kind)
+
+
+def own_pictures(page: Page) -> None:
+    """Pictures that a visitor brings take the place of the held-out prompt's; one that is none is told by name."""
+    shown, upload = page.locator("#compare-pictures img.shown"), "#compare-upload input[type=file]"
+    before = shown.first.get_attribute("src")
+    page.set_input_files(upload, {"name": "a <b>.png", "mimeType": "image/png", "buffer": coded(1, (56, 56))})
+    expect(shown).to_have_count(1)
+    expect(shown.first).not_to_have_attribute("src", str(before))
+    assert shown.first.evaluate("image => image.complete && image.naturalWidth") == 56
+    page.set_input_files(upload, {"name": "broken.png", "mimeType": "image/png", "buffer": coded(1)[:200]})
+    status(page, "broken.png cannot be used")
+    expect(shown).to_have_count(1)
+    page.set_input_files(upload, {"name": "second.jpg", "mimeType": "image/jpeg", "buffer": coded(2, kind="JPEG")})
+    expect(shown).to_have_count(2)
+    ask(page, "Which digit is in Image 1?")
+    status(page, "Done", 180)
+    expect(page.locator(".compare-told:visible")).to_contain_text([re.compile("Log-ratio .* nats")] * 2)
+    page.click("#compare-without")
+    expect(shown).to_have_count(0)
 
 
 # Without a browser

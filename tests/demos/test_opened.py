@@ -9,6 +9,7 @@ import pytest
 
 from mmpo.demos import opened
 from mmpo.demos.systems import Model, of_models
+from mmpo.errors import DataError
 from tests.modalities import tiny_text
 from tests.modalities.adapters import perturb
 
@@ -52,6 +53,21 @@ def test_held_out_prompts_keep_what_is_no_text(both: opened.Opened) -> None:
     assert whole == "system: Who?\nuser: You?"
     assert both.asked(0, whole.replace("\n", "\r\n ")) == both.prompts[0]
     assert both.asked(0, "else") == both.asked(None, "else") == (opened.text("else"),)
+
+
+def test_pictures_that_were_brought_stand_before_the_words(both: opened.Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, prompts = both.written(b"pixels", ".png"), []
+
+    def sampled(self: Any, number: int, system: Any, prompt: opened.Prompt, *rest: Any) -> list[Any]:
+        prompts.append(prompt)
+        return []
+
+    monkeypatch.setattr(type(both), "_sampled", sampled)
+    asked(both, pictures=[name], held=0)
+    assert [[(b.kind, b.data) for b in prompt] for prompt in prompts] == [[("image", b"pixels"), ("text", "12+30=")]] * 2
+    for gone in ("0" * 32 + ".png", "../base/config.json", f"{name}/..", "/etc/passwd"):
+        with pytest.raises(DataError, match="not kept any more"):
+            asked(both, pictures=[gone])
 
 
 def test_the_oldest_files_go(both: opened.Opened, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_characters_are_counted_as_the_row_has_them() -> None:
 
 def test_data_written_through_a_template_may_keep_their_tokens() -> None:
     asked = "<start>user\nWho?<stop>\n<start>assistant\n"
-    ours = turns("none", special_tokens="as_tokens")
+    ours = turns("none", chat_markup="as_tokens")
     assert specials(ours, ours.row((text(asked),), (text("fox"),)).prompt) == ["<start>", "<stop>", "<start>"]
     assert turns("none").digest != ours.digest
 
@@ -79,7 +79,7 @@ def test_what_was_read_as_text_is_counted() -> None:
     ours.rows(pair("Who?", "the fox"))
     assert not ours.counts
     ours.rows(pair("Who? <eos>", "the fox <eos>"))
-    assert ours.counts == {"pairs that spell special tokens, read as text (model.special_tokens)": 1}
+    assert ours.counts == {"pairs that spell special tokens, read as text (model.chat_markup)": 1}
 
 
 def test_a_text_with_the_mark_itself_is_refused_by_name() -> None:

@@ -84,7 +84,7 @@ def test_an_answer_of_several_turns_scores_the_assistants() -> None:
 @pytest.mark.parametrize("template", ["llama3", "none"])
 def test_a_text_starts_once(template: str) -> None:
     """Neither a template that writes the start, nor a text that has it, gets the tokenizer's own on top."""
-    ours = turns(template, words={"bos": True}, special_tokens="as_tokens")
+    ours = turns(template, words={"bos": True}, chat_markup="as_tokens")
     assert ours.start == [0]
     for prompt in (QUESTION, (text("<bos>Who?"),)) if template == "none" else (QUESTION,):
         assert ours.prompt(prompt)[0] == 0 and ours.prompt(prompt).count(0) == 1
