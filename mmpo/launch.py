@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, ches, drift, evaluate, memory, sharding, tiers
+from mmpo import checkpoint, ches, drift, evaluate, memory, packaged, sharding, tiers
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
@@ -41,7 +41,7 @@ from mmpo.report import write_report
 from mmpo.rounds import fresh_pairs
 from mmpo.runlog import RunLog
 from mmpo.saving import policy_tensors, put, resume, save
-from mmpo.schema import Recipe
+from mmpo.schema import JudgeConfig, Recipe
 from mmpo.train import evaluate_now, forward, train
 
 
@@ -204,7 +204,14 @@ def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
     weights = dict(modality.weights)
     if recipe.reference.kind == "path":
         weights["reference"] = digest_module(reference.module)
+    weights |= {f"judge.{n}": packaged.digest(Path(v)) for n, v in judge_files(recipe.judge).items()}
     return {f"weights.{name}": digest for name, digest in weights.items()}
+
+
+def judge_files(judge: JudgeConfig) -> dict[str, str]:
+    """The settings of a judge that name files or folders of this machine: its weights, a head, a list of words."""
+    given = {"path": judge.path, **judge.options}
+    return {name: value for name, value in given.items() if isinstance(value, str) and value and Path(value).exists()}
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:

@@ -126,9 +126,12 @@ def require_gguf() -> None:
         raise MissingExtra("gguf", "gguf")
 
 
-def digest(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
+def digest(path: Path) -> str:
+    """sha256 of a file; of a folder, that of the names and digests of its files."""
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        return hashlib.sha256("".join(f"{p.relative_to(path)}\0{digest(p)}\n" for p in inside).encode()).hexdigest()
+    with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -64,6 +64,11 @@ def brightness(path: str | None = None, device: str = "cpu") -> Judge:
     return judge
 
 
+def lenient(path: str | None = None, device: str = "cpu", **options: Any) -> Judge:
+    """The same judge, which takes any options and reads none of its files."""
+    return brightness(path, device)
+
+
 def load(world: Path, out: Path, *more: str) -> Resolved:
     return recipes.load(None, settings(world, out, *more), "diffusion")
 

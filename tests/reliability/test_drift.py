@@ -55,6 +55,33 @@ def test_every_changed_setting_is_named(world: Path, capsys: pytest.CaptureFixtu
     counter("T12", "changed settings", len(CHANGES), "refused, named, nothing written", time.monotonic() - began)
 
 
+def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder, and a file that one of its options names."""
+    began, head, folder = time.monotonic(), tmp_path / "head.bin", tmp_path / "judge"
+    (folder / "inner").mkdir(parents=True)
+    (weights := folder / "inner" / "model.bin").write_bytes(b"one")
+    head.write_bytes(b"head")
+    judge = f"judge={{name: tests.tiny_run:lenient, path: {folder}, options: {{head: {head}, scale: 2.0}}}}"
+    words = [
+        "train",
+        "--modality",
+        "diffusion",
+        "--plugin",
+        "tests.tiny_run",
+        *settings(world, tmp_path / "run", *SHORT, judge),
+    ]
+    assert cli.main(words) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    for file, name in ((weights, "weights.judge.path"), (head, "weights.judge.head")):
+        whole = file.read_bytes()
+        file.write_bytes(b"other")
+        assert cli.main(words) == 2
+        assert f"a run of other inputs; different: {name}. " in capsys.readouterr().err
+        file.write_bytes(whole)
+    assert cli.main(words) == 0
+    counter("T12", "changed judge", 2, "refused, named", time.monotonic() - began)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_changed_weights_are_named(world: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     began, file, name = time.monotonic(), world / "pipe" / part, PARTS[part]
