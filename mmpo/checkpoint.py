@@ -16,6 +16,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -104,6 +105,34 @@ def write_atomic(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, for libraries that write many files; they are there when the block has ended, durably.
+
+    All at once where `folder` is new or empty, else one by one beside what is there already. After an error nothing has changed.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+        for path in files:
+            _sync(path)
+        if folder.exists() and any(folder.iterdir()):
+            for path in files:
+                place = folder / path.relative_to(aside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+                _sync_folder(place.parent)
+        else:
+            os.replace(aside, folder)
+            _sync_folder(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_folder(folder.parent)
+
+
 def _write(path: Path, data: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -120,7 +149,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_DIRECTORY)
+
+
+def _sync(path: Path, more: int = 0) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | more)
     try:
         os.fsync(fd)
     finally:

@@ -52,12 +52,17 @@ def open_run(folder: Path, cache: Path | None = None) -> tuple[Resolved, Any, re
 
 
 def write(modality: Any, model: torch.nn.Module, folder: Path, merge: bool = False) -> None:
-    """Write the weights to `folder` and prove them. Raises RunFailed when they differ from the policy or equal the base.
+    """Write the weights to `folder` once they are proven. Raises RunFailed when they differ from the policy or equal the base.
 
     Outputs may differ by 1e-3 of their size, or by 8 rounding errors of the coarsest weights, if that is more.
     """
-    modality.save(model, folder, merge)
-    difference, change, scale = modality.check_export(model, folder, merge)
+    with checkpoint.written_aside(folder) as aside:
+        modality.save(model, aside, merge)
+        _prove(modality, model, aside, folder, merge)
+
+
+def _prove(modality: Any, model: torch.nn.Module, written: Path, folder: Path, merge: bool) -> None:
+    difference, change, scale = modality.check_export(model, written, merge)
     rounding = max(torch.finfo(p.dtype).eps for p in model.parameters())
     if not difference <= max(1e-3, 8 * rounding) * scale:
         raise RunFailed(

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpo.checkpoint import NAME, environment, load_latest, save, write_atomic
+from mmpo.checkpoint import NAME, clear_leftovers, environment, load_latest, save, write_atomic, written_aside
 from tests.reliability.counters import counter
 
 GROUPS = ("policy", "optimizer")
@@ -338,3 +338,40 @@ def test_write_atomic_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="no space"):
         write_atomic(path, b"newer")
     assert path.read_bytes() == b"new" * 100_000 and files(tmp_path) == ["recipe.yaml"]
+
+
+def export(folder: Path, words: str) -> None:
+    """What a library does that leaves a file of its own when it is killed."""
+    with written_aside(folder) as aside:
+        (aside / "config.json").write_text(words)
+        (aside / "unet").mkdir()
+        (aside / "unet" / ".tmp123").write_bytes(b"half")
+        if words == "kill":
+            os._exit(9)
+        if words == "fail":
+            raise OSError(errno.ENOSPC, "full")
+        (aside / "unet" / ".tmp123").rename(aside / "unet" / "weights")
+
+
+@pytest.mark.parametrize("first", [None, "", "old"])
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, first: str | None):
+    """first: what was there before; nothing, an empty folder, or an older export with a stranger's file."""
+    target = tmp_path / "run" / "export"
+    if first is not None:
+        target.mkdir(parents=True)
+    if first:
+        export(target, first)
+        (target / "notes.txt").write_text("mine")
+    before = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(OSError, match="full"):
+        export(target, "fail")
+    child = os.fork()
+    if not child:
+        export(target, "kill")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    clear_leftovers(tmp_path)
+    assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    export(target, "new")
+    found = {str(p.relative_to(target)): p.read_text() for p in target.rglob("*") if p.is_file()}
+    assert found == {"config.json": "new", "unet/weights": "half"} | ({"notes.txt": "mine"} if first else {})
+    assert not list((tmp_path / "run").glob(".*"))

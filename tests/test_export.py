@@ -101,6 +101,7 @@ def test_an_adapter_that_changes_nothing_is_refused(copied: Path, capsys: pytest
     best.write_bytes(checkpoint.to_bytes(inert, sealed=True))
     assert cli.main(["export", str(copied), "--out", str(copied / "inert")]) == 1
     assert "gives the base model's output" in capsys.readouterr().err
+    assert not (copied / "inert").exists() and not list(copied.glob(".inert*"))
 
 
 @pytest.mark.parametrize("merge", [[], ["--merge"]])
@@ -117,6 +118,7 @@ def test_a_file_that_is_not_the_policy_is_refused(
     monkeypatch.setattr(Adapter, "save", tampered)
     assert cli.main(["export", str(copied), "--out", str(copied / "tampered"), *merge]) == 1
     assert "differs from the trained policy" in capsys.readouterr().err
+    assert not (copied / "tampered").exists() and not list(copied.glob(".tampered*"))
 
 
 @pytest.mark.parametrize("command", ["eval", "export"])
