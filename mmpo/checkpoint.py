@@ -109,7 +109,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def written_aside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, for libraries that write many files; they are there when the block has ended, durably.
 
-    All at once where `folder` is new or empty, else one by one beside what is there already. After an error nothing has changed.
+    All at once where `folder` is new or empty, else one by one beside what is there. After an error nothing has changed.
     """
     aside = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
