@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-NUMBER = r"-?\d*\.?\d+"
+NUMBER = r"-?(?:\d*\.?\d+|\d+\.)"
 BOUNDING_BOX = re.compile(rf"[\[(]\s*{NUMBER}(\s*,\s*{NUMBER}){{3}}\s*[\])]")
 
 

@@ -117,7 +117,8 @@ def build(order: Order) -> dict[str, Any]:
     source that cannot be read and, with on_bad "refuse", at its first bad row.
     """
     options = options_of(order.builder, order.options)
-    order.tools.check(order.builder, module_of(order.builder).NEEDS)
+    module = module_of(order.builder)
+    order.tools.check(order.builder, module.NEEDS, getattr(module, "ASPECTS", ()))
     settings = _settings(order, options)
     if (story := _finished(order.out, settings)) is not None:
         return story

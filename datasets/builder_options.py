@@ -97,8 +97,11 @@ class ToolChoice:
             name: value for name, value in asdict(self).items() if name not in ("device", "plugins") and value not in (None, ())
         }
 
-    def check(self, builder: str, needs: Iterable[str]) -> None:
-        """Raises RecipeError for needs that are not met, each with the option that meets it."""
+    def check(self, builder: str, needs: Iterable[str], aspects: Iterable[str] = ()) -> None:
+        """Raises RecipeError for needs that are not met, each with the option that meets it.
+
+        aspects: what the builder asks a judge about, beside whole answers, which is all that those of mmpo/judges score.
+        """
         if wrong := set(needs) - {f.name for f in fields(Tools)}:
             raise RecipeError(f"{builder}: NEEDS names no tool: {', '.join(sorted(wrong))}")
         missing = {
@@ -106,6 +109,12 @@ class ToolChoice:
         }
         if missing:
             raise RecipeError([f"{builder}: needs --{option}" for option in sorted(missing)])
+        if aspects and self.judge and not _is_plugin(self.judge) and self.judge.partition("=")[0] in names("judges"):
+            asked = ", ".join(sorted(aspects))
+            raise RecipeError(
+                f"{builder}: --judge {self.judge} scores whole answers, and this builder asks for {asked}; give the directory "
+                "of a vision-language model, 'generator', or a plugin"
+            )
 
     def make(self) -> Tools:
         """The tools, loaded."""

@@ -93,7 +93,9 @@ class Ledger:
         """Count a bad row. Raises DataError when on_bad is "refuse"."""
         message = f"{where} {problem}"
         if self.on_bad == "refuse":
-            raise DataError(f"{message} (on_bad=skip counts such rows and goes on; `mmpo data validate` lists all of them)")
+            raise DataError(
+                f"{message} (data.on_bad=skip, or --on-bad skip, counts such rows and goes on; `mmpo data validate` lists them)"
+            )
         self.refused[problem.reason] += 1
         self._example(where, problem.reason)
         if len(self.problems) < MAX_PROBLEMS:

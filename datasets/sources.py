@@ -63,6 +63,11 @@ class Question:
     def text(self) -> str:
         return str(self.turns[0].data)
 
+    @property
+    def last(self) -> str:
+        """What the record's answer answers: the last thing that was asked."""
+        return str(next(b.data for b in reversed(self.turns) if b.role in (None, "user")))
+
 
 def about_one_image(record: Record) -> Question:
     """The question of a record whose prompt shows exactly one image. Raises Dropped for others."""

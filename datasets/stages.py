@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.tools import Unanswerable
 from mmpo.errors import DataError
 from mmpo.pair import Block
 
@@ -84,6 +85,10 @@ class Stage:
     batch: int
     run: Callable[[Sequence[Record], Sequence[np.random.Generator]], Sequence[Result]]
 
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1 record, found {self.batch}")
+
 
 def each(name: str, function: Callable[[Record, np.random.Generator], Record | Sequence[Record]]) -> Stage:
     """A stage of one record at a time; `function` raises Dropped. Media that do not open drop their record."""
@@ -124,7 +129,7 @@ def execute(records: Iterable[Record], stages: Sequence[Stage], *, seed: int, le
 
 def _through(stage: Stage, records: Iterator[Record], seed: int, ledger: Ledger) -> Iterator[Record]:
     while batch := list(itertools.islice(records, stage.batch)):
-        results = stage.run(batch, [random_of(seed, stage.name, record.id) for record in batch])
+        results = _results(stage, batch, seed)
         if len(results) != len(batch):
             raise ValueError(f"stage {stage.name}: expected {len(batch)} results, one per record, found {len(results)}")
         for record, result in zip(batch, results, strict=True):
@@ -132,6 +137,16 @@ def _through(stage: Stage, records: Iterator[Record], seed: int, ledger: Ledger)
                 ledger.skip(record.id, f"{stage.name}: {result}")
             else:
                 yield from _told(stage, record, result)
+
+
+def _results(stage: Stage, batch: Sequence[Record], seed: int) -> Sequence[Result]:
+    """What a stage makes of a batch; where a tool cannot take one of its records, of each alone, and that one is dropped."""
+    try:
+        return stage.run(batch, [random_of(seed, stage.name, record.id) for record in batch])
+    except Unanswerable as problem:
+        if len(batch) == 1:
+            return [Dropped(problem.reason)]
+        return [result for record in batch for result in _results(stage, [record], seed)]
 
 
 def _told(stage: Stage, before: Record, result: Record | Sequence[Record]) -> Iterator[Record]:

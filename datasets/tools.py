@@ -36,6 +36,14 @@ class Answer:
     image_tokens: tuple[int, ...] | None = None
 
 
+class Unanswerable(ValueError):
+    """A prompt that a generator cannot take, such as one beyond its context. reason: what its record is counted as."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class Generator(Protocol):
     """Answers prompts; `modalities/vlm_generate.py` makes one of a model's folder."""
 
@@ -49,11 +57,13 @@ class Generator(Protocol):
         hide_images: float = 0.0,
         prefixes: Sequence[str] | None = None,
         attention: bool = False,
+        hide_seeds: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """One answer a prompt, each a function of its prompt and seed.
+        """One answer a prompt, each a function of its prompt and seeds. Raises Unanswerable for a prompt that it cannot take.
 
         temperature: 0 is greedy. hide_images: share of image keys hidden from all later tokens (BDHS: 0.99). prefixes: the
-        beginnings of the answers, to be continued; they are part of the answer's text. attention: fill the masses.
+        beginnings of the answers, to be continued; they are part of the answer's text. attention: fill the masses. hide_seeds:
+        draw the hidden keys by these; None: by `seeds`.
         """
         ...
 

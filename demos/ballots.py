@@ -211,6 +211,8 @@ class Ballots:
 
     def served(self, voter: str, comparison: str) -> Served:
         """A comparison that was served to this voter. Raises Refused for any other."""
+        if not comparison.isascii():  # SQLite takes no half of a surrogate pair
+            raise Refused(404, "there is no such comparison; reload the page")
         found = self._db.execute(
             "SELECT left_entry, right_entry FROM comparisons WHERE id = ? AND voter = ?", (comparison, voter)
         ).fetchone()

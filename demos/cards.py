@@ -14,6 +14,7 @@ from mmpo.demos.markup import PLAIN, medium, plain, signed
 from mmpo.demos.worker import Event
 from mmpo.pair import Kind
 
+NOTE = 300  # characters of what is told beside an answer
 OFTEN = 0.15  # seconds between two updates of a page
 Updates = dict[Any, Any]  # by component
 
@@ -132,7 +133,8 @@ def paced(events: Iterable[Event], cells: Sequence[Sequence[Cell]], status: Any)
     began, last = time.monotonic(), 0.0
     for event in events:
         if event.kind == "note":
-            notes.append(str(event.value["text"]))
+            told = str(event.value["text"])
+            notes.append(told if len(told) <= NOTE else told[: NOTE - 1] + "\N{HORIZONTAL ELLIPSIS}")
         elif event.kind in ("partial", "sample", "judged", "explained"):
             pending |= cells[event.index][event.system].heard(event)
         else:

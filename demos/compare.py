@@ -40,6 +40,7 @@ SEEDS, LARGEST_SEED, TEXT = 4, 2**31 - 1, 4000
 SHOWN = re.compile(r"[0-9a-f]{32}\.(png|svg|wav|mp4|webm)")
 TYPES = {"png": "image/png", "svg": "image/svg+xml", "wav": "audio/wav", "mp4": "video/mp4", "webm": "video/webm"}
 OWN = "My own words"
+WAITING = 16  # requests that are told that they wait; the models answer one
 LOADING, READING = "Loading the models.", "Reading the held-out prompts."
 
 Updates = dict[Any, Any]  # by component
@@ -79,6 +80,7 @@ class Desk:
         self.brought = Brought(files)
         self._drawn: list[history.Drawn] | None = None
         self._drawing = threading.Lock()
+        self._written: dict[str, list[str]] = {}  # files of ready-made prompts' pictures, by item
 
     # ---- files
 
@@ -131,8 +133,9 @@ class Desk:
                 self._history(blocks)
             if self.source.pool:
                 outputs = [*rows, *cards.components(grid)]
-                parts["item"].change(self._browsed(rows, grid), [parts["item"]], outputs, show_progress="hidden")
-                blocks.load(self._browsed(rows, grid), [parts["item"]], outputs, show_progress="hidden")
+                outputs += [parts["words"], parts["pictures"]]
+                for happens in (parts["item"].change, blocks.load):
+                    happens(self._browsed(parts, rows, grid), [parts["item"]], outputs, show_progress="hidden")
             else:
                 self._wire(blocks, parts, status, rows, grid)
         return blocks
@@ -176,7 +179,11 @@ class Desk:
 
         assert self.source.pool is not None
         items = [(label_of(i, self.words_of(entries[0])), i) for i, entries in enumerate(self.source.pool.items.values())]
-        return {"item": gr.Dropdown(items, value=0, label="Prompt", elem_id="compare-item")}
+        return {
+            "item": gr.Dropdown(items, value=0, label="Prompt", elem_id="compare-item"),
+            "words": gr.Textbox("", label="The whole prompt", interactive=False, lines=1, max_lines=8, elem_id="compare-whole"),
+            "pictures": gr.Markdown("", visible=False, elem_id="compare-pictures", **markup.PLAIN),
+        }
 
     def _grid(self) -> tuple[list[Any], Grid]:
         """A row for each seed, and in it a card for each system."""
@@ -210,7 +217,14 @@ class Desk:
     def words_of(self, entry: Entry) -> str:
         return " ".join(str(block.data) for block in entry.prompt if block.kind == "text") or entry.item
 
-    def _browsed(self, rows: Sequence[Any], grid: Grid) -> Any:
+    def _pictures_of(self, entry: Entry) -> list[str]:
+        """Files of a prompt's pictures, written when they are first asked for."""
+        if entry.item not in self._written:
+            coded = [blinded(block) for block in entry.prompt if block.kind == "image"]
+            self._written[entry.item] = [self.brought.keep(data) for _, data in coded]
+        return self._written[entry.item]
+
+    def _browsed(self, parts: Mapping[str, Any], rows: Sequence[Any], grid: Grid) -> Any:
         import gradio as gr
 
         pool = self.source.pool
@@ -220,9 +234,11 @@ class Desk:
             groups = list(pool.items.values())
             if item is None or not 0 <= item < len(groups):
                 return {rows[0]: gr.skip()}
+            first = groups[item][0]
             by_system = {name: [e for e in groups[item] if e.system == name] for name in self.source.systems}
             most = min(SEEDS, max(len(found) for found in by_system.values()))
             updates: Updates = {row: gr.update(visible=i < most) for i, row in enumerate(rows)}
+            updates |= {parts["words"]: self.words_of(first), parts["pictures"]: _shown(self._pictures_of(first))}
             for index, line in enumerate(grid):
                 for card, name in zip(line, self.source.systems, strict=True):
                     found = by_system[name][index : index + 1]
@@ -250,7 +266,7 @@ class Desk:
         outputs = [status, parts["run"], parts["stop"], *rows, *cards.components(grid)]
         run = self._run(parts, status, rows, grid)
         for trigger in (parts["run"].click, parts["words"].submit):
-            trigger(run, given, outputs, show_progress="hidden")
+            trigger(run, given, outputs, show_progress="hidden", concurrency_limit=WAITING, concurrency_id="compare")
 
         @cards.with_request
         def stop(request: Any) -> None:
@@ -265,16 +281,17 @@ class Desk:
 
         file, names, held, without = (parts[name] for name in ("file", "names", "held", "without"))
 
-        def take(paths: list[str] | None, known: list[str]) -> Updates:
+        @cards.with_request
+        def take(paths: list[str] | None, known: list[str], request: Any) -> Updates:
             given = [str(path) for path in paths or ()]
             try:
-                found = known + self.brought.take(given)
-                said = f"At most {brought.MOST} pictures; the first of them are taken." if len(found) > brought.MOST else ""
+                found = self.brought.take(str(request.session_hash), given, known)
             except DataError as error:
-                found, said = known, str(error)
-            found = found[: brought.MOST]
+                return {file: None, status: str(error)}
+            left = len(known) + len(given) - len(found)
+            said = f"At most {brought.MOST} pictures; the first of them are taken." if left else gr.skip()
             shown = {parts["pictures"]: _shown(found), without: gr.update(visible=bool(found))}
-            return shown | {file: None, names: found, held: -1, status: said or gr.skip()}
+            return shown | {file: None, names: found, held: -1, status: said}
 
         def drop() -> Updates:
             return {parts["pictures"]: _shown([]), without: gr.update(visible=False), names: []}

@@ -23,7 +23,7 @@ from mmpo import media
 from mmpo.datasets.fields import checked_text, shown, whole_field
 from mmpo.datasets.ledger import BadField, Ledger, Row
 from mmpo.datasets.load import detect, holds_candidates, load_candidates
-from mmpo.datasets.tables import kind_of, rows_of
+from mmpo.datasets.tables import rows_of
 from mmpo.errors import DataError
 from mmpo.pair import Block, Kind, Role, text
 
@@ -127,9 +127,10 @@ def open_pool(source: Path, mode: Mode = "vote") -> Pool:
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}, found {mode!r}")
+    source = source.resolve()  # answers are read again when they are shown, and a server has a working directory of its own
     ledger = Ledger("skip")
     entries = tidied(_entries(source, mode, ledger), ledger)
-    pool = Pool(source.resolve(), tuple(entries), ledger)
+    pool = Pool(source, tuple(entries), ledger)
     if not pool.matchups:
         raise DataError(f"{source}: no two different answers to the same item\n{ledger}")
     if same := sum(len(e) * (len(e) - 1) // 2 for e in pool.items.values()) - len(pool.matchups):
@@ -138,8 +139,14 @@ def open_pool(source: Path, mode: Mode = "vote") -> Pool:
 
 
 def default_folder(source: Path) -> Path:
-    """Where the votes on a source are kept: votes/ inside a folder, a folder beside a file."""
-    return source / OWN if source.is_dir() else source.with_name(f"{source.name}.{OWN}")
+    """Where the votes on a source are kept: votes/ inside a folder, a folder beside a file, or beside tables in a folder."""
+    source = source.resolve()
+    return source / OWN if source.is_dir() and not _holds_tables(source) else source.with_name(f"{source.name}.{OWN}")
+
+
+def _holds_tables(folder: Path) -> bool:
+    """Whether a folder is a dataset of parquet files; those that were exported into its votes are not meant."""
+    return any(path.relative_to(folder).parts[0] != OWN for path in folder.rglob("*.parquet"))
 
 
 def _entries(source: Path, mode: Mode, ledger: Ledger) -> list[Entry]:
@@ -151,7 +158,7 @@ def _entries(source: Path, mode: Mode, ledger: Ledger) -> list[Entry]:
         return run_entries(source, ledger)
     if source.is_dir() and all((source / f"{side}.jsonl").is_file() for side in SIDES):
         return told_entries(source, [], ledger)
-    if source.is_file() or kind_of(source) == "parquet":
+    if source.is_file() or _holds_tables(source):
         return dataset_entries(source, ledger)
     folders = sorted(p.name for p in source.iterdir() if p.is_dir() and p.name != OWN and not p.name.startswith("."))
     if folders:

@@ -121,6 +121,8 @@ def parse(words: str) -> Model:
     if colon and not Path(adapter).is_dir():
         raise RecipeError(f"--model {words}: {adapter or 'nothing'} is no directory; expected that of a LoRA adapter")
     local = Path(path).is_dir()
+    if not local and (Path(path).is_absolute() or path.startswith(".")):
+        raise RecipeError(f"--model {words}: {path} is no directory; expected one, a hub id, or {ASSET}NAME")
     return Model(
         name.strip(), modality, str(Path(path).resolve()) if local else path, str(Path(adapter).resolve()) if colon else None
     )

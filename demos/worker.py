@@ -78,6 +78,9 @@ class Worker:
         self._pipe: Connection | None = None
         self._events: queue.Queue[Event] = queue.Queue()
         self._number, self._owner = 0, ""
+        self._waiting: list[str] = []  # whose request waits for its turn
+        self._loading = ""  # whose request waits for the models
+        self._left: set[str] = set()  # who wants no answer any more
         self._began, self._stopping = 0.0, 0.0
 
     def start(self) -> None:
@@ -90,7 +93,8 @@ class Worker:
             process = context.Process(target=serve, args=(far, self.source, self.files, self.cache, self.opener), daemon=True)
             process.start()
             far.close()
-            self._process, self._pipe, self.state, self._began = process, near, State("starting"), time.monotonic()
+            self._process, self._pipe, self._began = process, near, time.monotonic()
+            self.state = State("starting", prompts=self.state.prompts, judged=self.state.judged)
             threading.Thread(target=self._listen, args=(near, process), daemon=True).start()
 
     def sample(
@@ -102,10 +106,19 @@ class Worker:
         held: number of the held-out prompt that the words are of, or belong to. owner: who may `cancel` it. pictures: names of
         files that stand before the words.
         """
-        while not self._turn.acquire(timeout=0.5):
-            yield Event("waiting", value={"note": "Waiting: the models answer somebody else."})
+        self._left.discard(owner)
+        self._waiting.append(owner)
         try:
-            yield from self._until_ready()
+            while not self._turn.acquire(timeout=0.5):
+                if owner in self._left:
+                    return (yield Event("stopped"))
+                yield Event("waiting", value={"note": "Waiting: the models answer somebody else."})
+        finally:
+            self._waiting.remove(owner)
+        try:
+            yield from self._until_ready(owner)
+            if owner in self._left:
+                return (yield Event("stopped"))
             if self.state.name != "ready":
                 yield Event("failed", value={"message": self.state.message or "The models are not running."})
                 return
@@ -115,8 +128,11 @@ class Worker:
             self._turn.release()
 
     def cancel(self, owner: str = "") -> bool:
-        """Ask the request of this owner to stop; whether there was one."""
+        """Ask the request of this owner to stop, whether it is answered or still waits; whether there was one."""
         with self._change:
+            if owner and (owner in self._waiting or owner == self._loading):
+                self._left.add(owner)
+                return True
             running = bool(self._owner) and self._owner == (owner or self._owner)
             if running:
                 self._stop()
@@ -130,8 +146,15 @@ class Worker:
 
     # ---- one request
 
-    def _until_ready(self) -> Iterator[Event]:
-        while self.state.name == "starting":
+    def _until_ready(self, owner: str) -> Iterator[Event]:
+        self._loading = owner
+        try:
+            yield from self._loaded(owner)
+        finally:
+            self._loading = ""
+
+    def _loaded(self, owner: str) -> Iterator[Event]:
+        while self.state.name == "starting" and owner not in self._left:
             waited = time.monotonic() - self._began
             yield Event("waiting", value={"note": f"Loading the models, {waited:.0f} s."})
             if waited > START_TIMEOUT:

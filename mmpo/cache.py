@@ -10,6 +10,7 @@ import hashlib
 import os
 import sqlite3
 import struct
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -115,7 +116,7 @@ class Cache:
             connection = sqlite3.connect(str(self.path), timeout=WAIT_FOR_WRITERS)
             connection.text_factory = bytes
             for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL", TABLE):
-                connection.execute(statement)
+                _patiently(connection, statement)
             self._connection = connection
         return self._connection
 
@@ -130,6 +131,19 @@ class Cache:
             with suppress(FileNotFoundError):  # there is no journal, or another process was faster
                 os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
         warnings.warn(f"cache {self.path}: {error}; moved to {aside.name}, its entries are computed again", stacklevel=4)
+
+
+def _patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute a statement; where another process has the file, again: of a change to WAL SQLite does not wait by itself."""
+    deadline = time.monotonic() + WAIT_FOR_WRITERS
+    while True:
+        try:
+            connection.execute(statement)
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _select(connection: sqlite3.Connection, keys: list[bytes]) -> list[tuple[bytes, object, object]]:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -114,7 +114,7 @@ def data_audit(
     model_pairs: Annotated[int, typer.Option(help="pairs that are scored under the model")] = 200,
     ties: Annotated[str, typer.Option(help="tied rows: drop, or soft to keep them with label 0.5")] = "drop",
     aspect: Annotated[str | None, typer.Option(help="of scores by aspect, the one that counts")] = None,
-    limit: Annotated[int | None, typer.Option(help="read only the first so many pairs")] = None,
+    limit: Annotated[int | None, typer.Option(help="read only the first so many pairs", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print all numbers as JSON")] = False,
 ) -> None:
     """Look for what a model could learn from pairs of text instead of what people meant: length, format, copies, leaks."""
@@ -142,7 +142,7 @@ def pairs(
     text_embedder: Annotated[str | None, typer.Option(metavar="NAME[=PATH]", help="of mmpo list datasets.embedders")] = None,
     device: Annotated[str, typer.Option(help="where models run")] = "cpu",
     seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
-    limit: Annotated[int | None, typer.Option(help="read only the first so many records")] = None,
+    limit: Annotated[int | None, typer.Option(help="read only the first so many records", min=1)] = None,
     on_bad: Annotated[str, typer.Option(help="bad rows: skip and count, refuse, or quarantine in out")] = "skip",
     executor: Annotated[str, typer.Option(help="local, or ray for a cluster or several processes")] = "local",
     workers: Annotated[int, typer.Option(help="of ray")] = 2,
@@ -186,8 +186,8 @@ def evaluate(
     plugins: Plugins = None,
     data: Annotated[Path | None, typer.Option(help="other pairs: which of them does the run tell apart?")] = None,
     format: Format = None,
-    limit: Annotated[int | None, typer.Option(help="of --data, read only the first so many pairs")] = None,
-    on_bad: Annotated[str, typer.Option(help="bad rows of --data: refuse, or skip and count")] = "refuse",
+    limit: Annotated[int | None, typer.Option(help="of --data, read only the first so many pairs", min=1)] = None,
+    on_bad: Annotated[Literal["refuse", "skip"], typer.Option(help="bad rows of --data: refuse, or skip and count")] = "refuse",
     out: Annotated[Path | None, typer.Option(help="of --data, a JSONL file for every pair's likelihoods")] = None,
 ) -> None:
     """Measure a run again on its held-out prompts, or its implicit rewards on other pairs."""

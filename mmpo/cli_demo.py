@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,6 +41,8 @@ def compare(
     from mmpo.demos import compare as page
 
     source = page.open_source(run or (None if model or samples else newest_run()), model or (), samples)
+    if source.pool is not None:
+        tell_rest(source.pool)
     site.serve(page.compare_site(source), host=host, port=port, auth_file=auth_file, show=open_page)
 
 
@@ -66,7 +68,9 @@ def vote(
     from mmpo.demos.vote import vote_site
 
     where = source or newest_run()
-    page = vote_site(pool.open_pool(where, "vote"), out or pool.default_folder(where), "vote")
+    opened = pool.open_pool(where, "vote")
+    tell_rest(opened)
+    page = vote_site(opened, folder_for(out or pool.default_folder(where)), "vote")
     site.serve(page, host=host, port=port, auth_file=auth_file, show=open_page)
 
 
@@ -85,7 +89,9 @@ def label(
     site.require_gradio()
     from mmpo.demos.vote import vote_site
 
-    page = vote_site(pool.open_pool(folder, "label"), out or pool.default_folder(folder), "label")
+    opened = pool.open_pool(folder, "label")
+    tell_rest(opened)
+    page = vote_site(opened, folder_for(out or pool.default_folder(folder)), "label")
     site.serve(page, host=host, port=port, auth_file=auth_file, show=open_page)
 
 
@@ -124,3 +130,16 @@ def newest_run(root: Path = Path("runs")) -> Path:
             f"no finished run under {root}/: name one, or make one in two minutes: mmpo train --modality diffusion"
         )
     return max(finished, key=lambda run: (run / "summary.json").stat().st_mtime)
+
+
+def tell_rest(pool: Any) -> None:
+    """Print what of a source is not shown, and why: to the terminal alone, as it may name systems."""
+    if pool.ledger.skipped or pool.ledger.refused or pool.ledger.notes:
+        print(pool.ledger)
+
+
+def folder_for(votes: Path) -> Path:
+    """The folder of the votes. Raises RecipeError where a file has its name."""
+    if votes.exists() and not votes.is_dir():
+        raise RecipeError(f"--out {votes}: a file has that name, and votes need a folder")
+    return votes

@@ -16,10 +16,10 @@ import torch
 from mmpo import checkpoint
 from mmpo import recipe as recipes
 from mmpo import reference as references
-from mmpo.errors import RunFailed
+from mmpo.errors import DataError, RecipeError, RunFailed
 from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate, with_nats
 from mmpo.evaluate import sample as sample_and_judge
-from mmpo.launch import build_objective, make_judge, make_modality
+from mmpo.launch import able, build_objective, make_judge, make_modality, usable
 from mmpo.pair import text
 from mmpo.prepare import prepare
 from mmpo.recipe import Resolved
@@ -59,6 +59,10 @@ def write(modality: Any, model: torch.nn.Module, folder: Path, merge: bool = Fal
     with checkpoint.written_aside(folder) as aside:
         modality.save(model, aside, merge)
         _prove(modality, model, aside, folder, merge)
+        if others := sorted(p.name for p in folder.glob("*.safetensors") if not (aside / p.name).exists()):
+            raise RecipeError(
+                f"--out {folder}: holds other weights, which would be loaded along: {', '.join(others)}; name another folder"
+            )
 
 
 def _prove(modality: Any, model: torch.nn.Module, written: Path, folder: Path, merge: bool) -> None:
@@ -78,6 +82,10 @@ def _prove(modality: Any, model: torch.nn.Module, written: Path, folder: Path, m
 def export(run: Path, out: Path | None, merge: bool) -> None:
     _, modality, _ = open_run(run)
     target = out or run / ("merged" if merge else "export")
+    if (target / "recipe.yaml").exists():
+        raise RecipeError(f"--out {target}: holds a run; name a folder of its own for the export")
+    if target.exists() and not target.is_dir():
+        raise RecipeError(f"--out {target}: is a file; an export is a folder")
     write(modality, modality.model, target, merge)
     print(f"{target}: written, reloaded and equal to the trained policy\n{modality.how_to_load(target, merge)}")
 
@@ -87,6 +95,7 @@ def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
     _, modality, start = open_run(run)
     asked = [(text(p),) for p in prompts]
     seeds = [seed + i for i in range(len(prompts))]
+    usable(out, "--out")
     with start.active(modality.model) as base:
         before = modality.sample(base, asked, seeds)
     after = modality.sample(modality.model, asked, seeds)
@@ -109,10 +118,13 @@ def evaluate(run: Path) -> None:
     data = prepare(spec, str(modality.embedded_data), judge)
     build_objective(resolved)
     reference = reference_of(spec, modality, start)
-    pairs = evaluate_pairs(modality, modality.model, reference, data.heldout, spec.seed, spec.eval.draws)
-    found: dict[str, Any] = {"pairs": pairs}
-    if judge:
-        test = trials(data.test or data.select, spec.eval.test_seeds, "test", spec.seed)
+    judge, found = able(judge, spec, data), dict[str, Any]()
+    if data.heldout:
+        found["pairs"] = evaluate_pairs(modality, modality.model, reference, data.heldout, spec.seed, spec.eval.draws)
+    test = trials(data.test or data.select, spec.eval.test_seeds, "test", spec.seed)
+    if not data.heldout and not (judge and test):
+        raise DataError(f"{run}: no pairs and no prompts were held out; `mmpo eval {run} --data FILE` measures it on others")
+    if judge and test:
         with start.active(modality.model) as module:
             base = sample_and_judge(modality, module, judge, test)
         aligned = with_nats(modality, modality.model, reference, test, sample_and_judge(modality, modality.model, judge, test))

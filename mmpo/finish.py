@@ -93,7 +93,8 @@ def verdict(summary: dict[str, Any]) -> str:
     accuracy = summary["heldout_pair_accuracy"]
     told = f"held-out pairs told apart {accuracy:.2f}" if accuracy is not None else "no held-out pairs"
     if "win_rate" not in summary:
-        return f"No judge was given, so samples were not compared; {told} at step {summary['best_step']}."
+        why = "No prompts were held out" if summary.get("judge") else "No judge was given"
+        return f"{why}, so samples were not compared; {told} at step {summary['best_step']}."
     win, base, aligned = summary["win_rate"], summary["base"], summary["aligned"]
     interval = f"{win['value']:.2f} (95 % interval {win['low']:.2f} to {win['high']:.2f}, n = {win['n']})"
     if win["low"] > 0.5:

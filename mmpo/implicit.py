@@ -134,6 +134,7 @@ def evaluate(
     reference = reference_of(spec, modality, start)
     found = opinions(modality, modality.model, reference, pairs, spec.seed, spec.eval.draws)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, "".join(json.dumps(row) + "\n" for row in found.rows()).encode())
     account = {"pairs": len(pairs), "one side only": len(read) - len(whole), **left_out, **ledger.counts()}
     return {"data": str(data), "account": account, "told apart by": found.summary()}

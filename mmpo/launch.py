@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -50,7 +51,7 @@ def run(resolved: Resolved) -> int:
     recipe = resolved.recipe
     require_trackers(recipe.track)
     folder = Path(recipe.out or _default_folder(resolved))
-    folder.mkdir(parents=True, exist_ok=True)
+    usable(folder, "out")
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
     with _full_disk(folder), memory.explained(_SMALLER), RunLock(folder) if main else contextlib.nullcontext():
         if main:
@@ -160,6 +161,7 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     modality.branches = branches_of(modality, objective)
     judge = make_judge(recipe, modality, accelerator.device)
     data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
+    judge = able(judge, recipe, data)
     runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
     shards = accelerator.num_processes if recipe.train.fsdp else 1
     planned = modality.plan(data.train, recipe.train.batch_size, runs_reference, shards)
@@ -231,6 +233,32 @@ def make_judge(recipe: Recipe, modality: Any, device: torch.device) -> Judge | N
     """The recipe's judge; on the embedded world, its exact verifier; otherwise none, and pair accuracy decides alone."""
     name = recipe.judge.name or (modality.embedded_judge if modality.is_embedded else None)
     return find("judges", name)(path=recipe.judge.path, device=str(device), **recipe.judge.options) if name else None
+
+
+def able(judge: Judge | None, recipe: Recipe, data: Prepared) -> Judge | None:
+    """The judge, or None where it is the embedded world's verifier and the held-out prompts are of another world.
+
+    A judge that the recipe names is kept, and fails where it cannot judge; so is one that later rounds need.
+    """
+    if judge is None or recipe.judge.name or recipe.train.rounds > 1 or recipe.data.path is None:
+        return judge
+    try:
+        for pair in data.heldout:
+            judge([pair.prompt], [pair.chosen or pair.rejected])
+    except ValueError as error:
+        told = str(error) if len(str(error)) <= 200 else f"{str(error)[:199]}\N{HORIZONTAL ELLIPSIS}"
+        why = f"samples are not judged: {told}\n  the model's own judge knows its own world; judge.name sets another"
+        tqdm.write(why, file=sys.stderr)
+        return None
+    return judge
+
+
+def usable(folder: Path, name: str) -> None:
+    """Make a folder. Raises RecipeError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{name}={folder}: cannot be a folder ({error.strerror}: {error.filename})") from error
 
 
 def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:

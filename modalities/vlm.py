@@ -77,7 +77,8 @@ class Adapter(text.Adapter):
 
     def _reader(self, model: Any, cache: Cache) -> Turns:
         config = self.config
-        processor = vlm_model.load_processor(self._path, config.chat_template, allow_download=config.allow_download)
+        options = {"allow_download": config.allow_download, "pad_to_square": config.images.pad_to_square}
+        processor = vlm_model.load_processor(self._path, config.chat_template, **options)
         self.processed = Processed(processor, vlm_model.image_token(model), cache)
         return Turns(processor, self.processed, config, self._context, vlm_model.rope_index(model))
 

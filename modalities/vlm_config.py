@@ -22,6 +22,10 @@ class ImagesConfig(Section):
     max_pixels: Count | None = Field(
         default=None, description="images are made smaller than this before the processor sees them; null: as they are"
     )
+    pad_to_square: bool = Field(
+        default=False,
+        description="pad images to squares, as LLaVA-1.5's own code does; transformers' processor of it cuts their sides off",
+    )
     too_long: Literal["resize", "skip", "error"] = Field(
         default="resize",
         description="a pair with images over max_length: its images are made smaller until it fits (and it is left out where "

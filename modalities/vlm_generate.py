@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from mmpo import packaged
 from mmpo.cache import Cache
-from mmpo.datasets.tools import Answer, Prompt
+from mmpo.datasets.tools import Answer, Prompt, Unanswerable
 from mmpo.kernels.attention_mass import attention_mass, attention_rows, middle_layer
 from mmpo.kernels.key_mask import hidden_keys
 from mmpo.kernels.prefix import causal, evaluating
 from mmpo.modalities import text_model, vlm_model
 from mmpo.modalities.text_sample import choose
+from mmpo.modalities.text_tokens import Unusable
 from mmpo.modalities.vlm import EMBEDDED
 from mmpo.modalities.vlm_config import ModelConfig
 from mmpo.modalities.vlm_images import WORDS, Processed
@@ -34,6 +35,7 @@ from mmpo.modalities.vlm_regions import over_picture
 from mmpo.modalities.vlm_turns import Rows, Turns
 
 GPU_BATCH = 16
+TOO_LONG = "prompt too long for the model"
 
 
 def generator(path: str | Path, device: str | torch.device = "cpu", *, batch_size: int | None = None, **model: Any) -> Answers:
@@ -49,7 +51,8 @@ def generator(path: str | Path, device: str | torch.device = "cpu", *, batch_siz
     if config.quantize == "none":  # bitsandbytes has put its own there already
         loaded = loaded.to(device)
     adapted = vlm_model.trainable(loaded, config) if config.lora.path else loaded
-    processor = vlm_model.load_processor(place, config.chat_template, allow_download=config.allow_download)
+    options = {"allow_download": config.allow_download, "pad_to_square": config.images.pad_to_square}
+    processor = vlm_model.load_processor(place, config.chat_template, **options)
     processed = Processed(processor, vlm_model.image_token(loaded), Cache(None))
     turns = Turns(processor, processed, config, text_model.context_of(loaded), None)
     return Answers(adapted, turns, batch_size or (1 if device.type == "cpu" else GPU_BATCH))
@@ -83,41 +86,58 @@ class Answers:
     def __call__(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int = 512, temperature: float = 0.0,
         hide_images: float = 0.0, prefixes: Sequence[str] | None = None, attention: bool = False,
+        hide_seeds: Sequence[int] | None = None,
     ) -> list[Answer]:  # fmt: skip
         """One answer a prompt (see `mmpo.datasets.tools.Generator`).
 
         The perplexity counts the token that ends an answer too. The masses are those of the decoding steps after the first, in
         the middle layer, so an answer of one token, or its end alone, has none (MIA-DPO, arXiv 2410.17637).
-        Raises ValueError for prompts that do not fit the model's context.
+        Raises Unanswerable for a prompt that does not fit the model's context, or that its template refuses.
         """
         begun = [""] * len(prompts) if prefixes is None else list(prefixes)
-        if not len(prompts) == len(seeds) == len(begun):
+        hidden = seeds if hide_seeds is None else hide_seeds
+        if not len(prompts) == len(seeds) == len(begun) == len(hidden):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds and {len(begun)} prefixes: expected as many of each")
         if not 0 <= hide_images <= 1 or temperature < 0 or max_new_tokens < 1:
             told = f"hide_images {hide_images}, temperature {temperature}, max_new_tokens {max_new_tokens}"
             raise ValueError(f"expected a share from 0 to 1, a temperature from 0 on, and a token at least, received {told}")
         spec = Spec(max_new_tokens, temperature, hide_images, attention)
-        asked = list(zip(prompts, seeds, begun, strict=True))
+        asked = list(zip(prompts, seeds, begun, hidden, strict=True))
         parts = [asked[i : i + self.batch_size] for i in range(0, len(asked), self.batch_size)]
         with evaluating(self.model):
             return [answer for part in parts for answer in self._batch(part, spec)]
 
-    def _batch(self, asked: Sequence[tuple[Prompt, int, str]], spec: Spec) -> list[Answer]:
-        rows = [self.turns.asked(prompt, begun=begun) for prompt, _, begun in asked]
+    def _batch(self, asked: Sequence[tuple[Prompt, int, str, int]], spec: Spec) -> list[Answer]:
+        rows = [self._row(prompt, begun) for prompt, _, begun, _ in asked]
         rooms = [self._room(row, spec.max_new_tokens) for row in rows]
-        seeds = [seed for _, seed, _ in asked]
-        keeps = [_keep(row, seed, spec.hide_images) for row, seed in zip(rows, seeds, strict=True)]
+        seeds = [seed for _, seed, _, _ in asked]
+        keeps = [_keep(row, hidden, spec.hide_images) for row, (_, _, _, hidden) in zip(rows, asked, strict=True)]
         written, surest = self._generate(rows, keeps, seeds, rooms, spec.temperature)
         found = []
-        for i, (_, _, begun) in enumerate(asked):
+        for i, (_, _, begun, _) in enumerate(asked):
             said = Answer(self._text(rows[i], written[i], begun), math.exp(-float(surest[i].mean())))
             found.append(self._looked(said, rows[i], keeps[i], written[i]) if spec.attention else said)
         return found
 
+    def _row(self, prompt: Prompt, begun: str) -> Rows:
+        """The row that is continued; its images are made smaller where it leaves no room, as `images.too_long` says."""
+        limit = self.turns.limit
+        try:
+            return self.turns.asked(prompt, limit=None if limit is None else limit - 1, begun=begun)
+        except Unusable as problem:
+            if "longer" not in problem.reason:
+                raise Unanswerable(problem.reason, str(problem)) from problem
+            told = f"a prompt leaves no room for an answer: {problem}; the model reads {limit}"
+            raise Unanswerable(TOO_LONG, told) from problem
+        except ValueError as problem:
+            raise Unanswerable("prompt that the model's template refuses", str(problem)) from problem
+
     def _room(self, row: Rows, wanted: int) -> int:
         limit = self.turns.limit
         if limit is not None and len(row.ids) >= limit:
-            raise ValueError(f"a prompt of {len(row.ids)} tokens leaves no room for an answer: the model reads {limit}")
+            raise Unanswerable(
+                TOO_LONG, f"a prompt of {len(row.ids)} tokens leaves no room for an answer: the model reads {limit}"
+            )
         return wanted if limit is None else min(wanted, limit - len(row.ids))
 
     def _generate(

@@ -20,8 +20,11 @@ from mmpo.weights import loading
 PROJECTORS = re.compile(r"(multi_modal_projector|connector|merger|deepstack_merger_list)")
 
 
-def load_processor(path: str, template: str | None = None, allow_download: bool = False) -> Any:
-    """The processor beside a model, with a chat template: its own, its tokenizer's, or that of a file."""
+def load_processor(path: str, template: str | None = None, allow_download: bool = False, pad_to_square: bool = False) -> Any:
+    """The processor beside a model, with a chat template: its own, its tokenizer's, or that of a file.
+
+    pad_to_square: images are padded with the mean colour before they are resized. Raises ValueError where that is not CLIP's.
+    """
     with loading(path, "a processor of images and text"), quietly(downloads=allow_download):
         processor = transformers.AutoProcessor.from_pretrained(
             path, trust_remote_code=False, local_files_only=not allow_download
@@ -30,7 +33,19 @@ def load_processor(path: str, template: str | None = None, allow_download: bool 
         raise ValueError(f"{path}: expected a processor of images and text, found {type(processor).__name__}")
     own = processor.chat_template or processor.tokenizer.chat_template
     processor.chat_template = own if template is None else text_model.read_template(template)
+    if pad_to_square:
+        processor.image_processor = padding(processor.image_processor)
     return processor
+
+
+def padding(images: Any) -> Any:
+    """LLaVA's image processor with the settings of a CLIP one, and its padding on."""
+    name = type(images).__name__
+    if name.removesuffix("Pil") not in ("CLIPImageProcessor", "LlavaImageProcessor"):
+        raise ValueError(f"model.images.pad_to_square: expected CLIP's image processor, as LLaVA-1.5 has it, found {name}")
+    made = getattr(transformers, "LlavaImageProcessor" + ("Pil" if name.endswith("Pil") else ""))
+    told = {key: value for key, value in images.to_dict().items() if key != "image_processor_type"}
+    return made.from_dict(told | {"do_pad": True})
 
 
 def image_token(model: nn.Module) -> int:

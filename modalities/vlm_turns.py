@@ -203,9 +203,18 @@ class Turns(text_tokens.Turns):
         assert isinstance(block, Picture)
         return self.processed.known(block).words
 
+    @cached_property
+    def _joined(self) -> str | None:
+        """What the template writes for each of several images where it moves them before the text; None where it does not."""
+        content = [{"type": "text", "text": SENTINEL}, {"type": "image"}, {"type": "image"}]
+        before, found, after = self._templated([{"role": "user", "content": content}], False).partition(SENTINEL)
+        if not found or self.processed.token not in before:
+            return None
+        return self.processed.token + before.split(self.processed.token)[1]
+
     def _render(self, blocks: Sequence[Block], generation_prompt: bool) -> str:
         """The conversation as the template writes it, with what the processor puts in the place of each image."""
-        messages = [{"role": turn[0].role, "content": [self._content(b) for b in turn]} for turn in _grouped(blocks)]
+        messages = [{"role": turn[0].role, "content": self._contents(turn)} for turn in _grouped(blocks)]
         first, *parts = self._templated(messages, generation_prompt).split(self.processed.token)
         images = [b for b in blocks if b.kind == "image"]
         if len(parts) != len(images):
@@ -214,6 +223,14 @@ class Turns(text_tokens.Turns):
                 "contain it, and the chat template has to write it once for each image"
             )
         return first + "".join(self._shown(image) + part for image, part in zip(images, parts, strict=True))
+
+    def _contents(self, turn: Sequence[Block]) -> list[dict[str, str]]:
+        """A turn as the template takes it. One that moves images to the front gets those in between as a part of the text."""
+        kinds = [b.kind for b in turn]
+        if self._joined is None or kinds == sorted(kinds):  # images first
+            return [self._content(b) for b in turn]
+        pieces = (self._joined if b.kind == "image" else self._given(str(b.data)) for b in turn)
+        return [{"type": "text", "text": "".join(pieces)}]
 
     def _content(self, block: Block) -> dict[str, str]:
         return {"type": "image"} if block.kind == "image" else {"type": "text", "text": self._given(str(block.data))}

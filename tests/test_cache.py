@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sqlite3
+import time
 import warnings
 from pathlib import Path
 
@@ -190,6 +191,24 @@ def test_two_processes_write_at_the_same_time(tmp_path: Path):
     found = cache.get_many([*(key(i) for i in range(200)), key("both")])
     assert all(equal(f, entry(i)) for i, f in enumerate(found[:200])) and equal(found[200], entry(-1))
     assert (cache.hits, cache.damaged) == (201, 0)
+
+
+def open_many(folder: Path, start: float) -> None:
+    for number in range(20):
+        while time.time() < start + 0.05 * number:
+            pass
+        Cache(folder / f"c{number}").close()
+
+
+def test_many_processes_make_the_same_file_at_the_same_time(tmp_path: Path):
+    """SQLite does not wait by itself where a new file becomes one with a write-ahead log."""
+    context, start = multiprocessing.get_context("fork"), time.time() + 0.2
+    openers = [context.Process(target=open_many, args=(tmp_path, start)) for _ in range(6)]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join(60)
+    assert [opener.exitcode for opener in openers] == [0] * 6
 
 
 def test_a_fork_uses_its_own_connection(tmp_path: Path):

@@ -137,7 +137,31 @@ def test_a_run_says_nothing_that_is_not_its_own(
     copied: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     for more in ([], ["--merge"]):
-        assert cli.main(["export", str(copied), "--out", str(copied / "quiet"), *more]) == 0
+        assert cli.main(["export", str(copied), "--out", str(copied / f"quiet{len(more)}"), *more]) == 0
     assert capfd.readouterr().err == ""
     assert not caplog.messages
     assert not [w for w in recwarn if "torch_dtype" in str(w.message)]
+
+
+def test_no_export_among_other_weights_or_in_a_run(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever loads the folder would load both."""
+    out = tmp_path / "out"
+    (out / "other").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    for _ in range(2):  # the same once more is the same
+        assert cli.main(["export", str(copied), "--out", str(out)]) == 0
+    (out / "model.safetensors").write_bytes(b"")
+    assert cli.main(["export", str(copied), "--out", str(out)]) == 2
+    assert "holds other weights, which would be loaded along: model.safetensors" in capsys.readouterr().err
+    assert cli.main(["export", str(copied), "--out", str(copied)]) == 2
+    assert "holds a run" in capsys.readouterr().err and not (copied / FILE).exists()
+    assert cli.main(["export", str(copied), "--out", str(out / "notes.txt")]) == 2
+    assert "is a file; an export is a folder" in capsys.readouterr().err
+
+
+def test_a_run_without_held_out_pairs_says_what_measures_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    launch.run(load(make_world(tmp_path / "world"), run, "train.steps=2", "train.lr=2e-2", "data.heldout=0"))
+    assert "No judge was given" in capsys.readouterr().out
+    assert cli.main(["eval", str(run)]) == 3
+    assert "no prompts were held out; `mmpo eval" in capsys.readouterr().err

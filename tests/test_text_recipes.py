@@ -75,3 +75,18 @@ def test_a_short_run_of_the_default_measures_and_reports_everything(tmp_path: Pa
         and "pairs of other data told apart" in html
         and "KL from the reference" in html
     )
+
+
+@pytest.mark.slow
+def test_the_shipped_model_trains_on_pairs_of_another_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its verifier knows sums alone: samples are not judged, and that is said; a judge that was named is kept."""
+    rows = [{"prompt": f"What is the colour of {i}?", "chosen": f"red {i}", "rejected": f"blue {i}"} for i in range(24)]
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ["train.steps=2", "train.batch_size=2", "eval.every=2", "eval.prompts=4", "eval.test_prompts=4", "data.heldout=0.3"]
+    words = ["train", "--modality", "text", *short, f"data.path={file}"]
+    assert cli.main([*words, f"out={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr()
+    assert "samples are not judged: not a prompt of the sums world" in said.err + said.out and "No judge was given" in said.out
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0 and "pairs" in json.loads(capsys.readouterr().out)
+    assert cli.main([*words, f"out={tmp_path / 'other'}", "judge.name=sums"]) != 0
+    assert "not a prompt of the sums world" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from mmpo.pair import Block, Pair, text
 
 NEEDS: frozenset[str] = frozenset({"point_judge"})
 METRICS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+ASPECTS: frozenset[str] = frozenset(METRICS)
 RANKED_BY = METRICS[:3]
 TABLES = ("pairs", "best", "steer")
 HIGHEST = 4
@@ -50,6 +51,8 @@ def annotate(
     judge = tools.point_judge
     if judge is None:
         raise ValueError("annotate: expected a point_judge")
+    if min_gap < 1:
+        raise ValueError(f"annotate.min_gap: expected at least 1, or the sides of a pair are equal, got {min_gap}")
 
     def grade(records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Result]:
         asked = [(record.prompt, answer) for record in records for answer in record.fields["candidates"]]

@@ -137,15 +137,19 @@ class _Sampler:
     tail_tokens: int
 
     def sampled(self, records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Result]:
-        """Attempt after attempt, all records in one call that have none yet that is different enough."""
+        """Attempt after attempt, all records in one call that have none yet that is different enough.
+
+        A record is flipped in all of its attempts or in none: drawn anew, those that differ enough would mostly be the flipped.
+        """
+        flips = [random.random() < self.flip for random in randoms]
         results: dict[int, Result] = {at: r for at, r in enumerate(records) if "rejected" in r.fields}
         tried: dict[int, list[float]] = {at: [] for at in range(len(records)) if at not in results}
         for attempt in range(1, self.tries + 1):
             ask = [at for at in tried if at not in results]
             last = attempt == self.tries > 1
             guide = self.guided and not last
-            write = self._guided if guide else self._free
-            said = write([records[at] for at in ask], [randoms[at] for at in ask])
+            chosen = [records[at] for at in ask], [randoms[at] for at in ask]
+            said = self._guided(*chosen, [flips[at] for at in ask]) if guide else self._free(*chosen)
             alike = self._cosines([str(records[at].answer) for at in ask], said)
             for at, answer, cosine in zip(ask, said, alike, strict=True):
                 tried[at].append(round(cosine, 4))
@@ -157,18 +161,19 @@ class _Sampler:
     def _cosines(self, first: list[str], second: list[str]) -> list[float]:
         return cosines(self.embedder, [text(t) for t in first], [text(t) for t in second]).tolist() if first else []
 
-    def _guided(self, records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[str]:
-        """Every sentence of every record ended by the model, in one call; one seed an answer, so one set of hidden tokens.
+    def _guided(self, records: Sequence[Record], randoms: Sequence[np.random.Generator], flips: Sequence[bool]) -> list[str]:
+        """Every sentence of every record ended by the model, in one call: hidden tokens by the answer, draws by the sentence.
 
         Empty where a sentence broke off: pairs would be told apart by that.
         """
-        begun = [self._heads(str(r.answer), g) for r, g in zip(records, randoms, strict=True)]
-        seeds = _seeds(randoms)
+        begun = [self._heads(str(r.answer), g, f) for r, g, f in zip(records, randoms, flips, strict=True)]
+        hidden = _seeds(randoms)
         open_heads = [(at, head) for at, found in enumerate(begun) for head in found if not head.whole]
         said = iter(
             self.generator(
                 [records[at].prompt for at, _ in open_heads],
-                [seeds[at] for at, _ in open_heads],
+                _seeds([randoms[at] for at, _ in open_heads]),
+                hide_seeds=[hidden[at] for at, _ in open_heads],
                 prefixes=[head.prefix for _, head in open_heads],
                 hide_images=self.hide_images,
                 temperature=self.temperature,
@@ -181,8 +186,8 @@ class _Sampler:
         whole = [all(is_ended(s) or not h.stops for s, h in zip(*pair, strict=True)) for pair in zip(ended, begun, strict=True)]
         return ["".join(pieces).strip() if fine else "" for pieces, fine in zip(ended, whole, strict=True)]
 
-    def _heads(self, answer: str, random: np.random.Generator) -> list[Head]:
-        other = flipped(answer) if random.random() < self.flip else None
+    def _heads(self, answer: str, random: np.random.Generator, flip: bool) -> list[Head]:
+        other = flipped(answer) if flip else None
         return heads(answer if other is None else other, random, keep=0 if other is None else 1)
 
     def _free(self, records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[str]:

@@ -28,6 +28,7 @@ from mmpo.datasets.tools import Generator, Prompt, Tools
 from mmpo.pair import Pair, text
 
 NEEDS: frozenset[str] = frozenset({"generator", "point_judge"})
+ASPECTS: frozenset[str] = frozenset({HOLDS})
 STEP = 0.02  # of the length balance
 BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+(\S.*?)\s*$", re.MULTILINE)
 
@@ -52,6 +53,9 @@ def claims(
     judge = tools.point_judge
     if tools.generator is None or judge is None:
         raise ValueError("claims: expected a generator and a point_judge")
+    for name, value in (("min_gap", min_gap), ("pairs_per_prompt", pairs_per_prompt), ("answers", answers)):
+        if value < 1:
+            raise ValueError(f"claims.{name}: expected at least 1, got {value}")
     splitter = _by_model(tools.generator, max_new_tokens) if split == "model" else _by_sentences
 
     def divide(records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Result]:

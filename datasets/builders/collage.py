@@ -126,6 +126,12 @@ def collage(
     the two answers, see mmpo.datasets.answer_filters; off by default, the paper gives no numbers.
     """
     _checked(kinds, sequence_counts, grid_counts, sequence_ratios, grid_ratios, select)
+    _checked_words(reference=(reference,), later=(later,), openings=openings)
+    _checked_numbers(
+        tile=(tile, 1), margin=(margin, 0), label=(label, 0), grid_noise=(grid_noise, 0), inset_noise=(inset_noise, 0)
+    )
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a share of the outer picture between 0 and 1, found {share}")
     if pool is None:
         raise ValueError("collage: expected a pool of images; make one with mmpo.datasets.builders.collage.prepare")
     drawn = {"sequence": sequence_counts, "grid": grid_counts, "inset": {2: 1.0}}
@@ -159,6 +165,25 @@ def _checked(
             raise ValueError(f"{name}_ratios: expected one for {min(missing)} images, as {name}_counts has them, found none")
 
 
+def _checked_words(**given: Sequence[str]) -> None:
+    """Raises ValueError for openings that do not name an image by its number alone, and for none."""
+    for name, openings in given.items():
+        if not openings:
+            raise ValueError(f"{name}: expected at least one, found none")
+        for opening in openings:
+            try:
+                opening.format(k=1)
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(f"{name}: expected text in which {{k}} is the image's number, found {opening!r}") from error
+
+
+def _checked_numbers(**given: tuple[float, float]) -> None:
+    """Raises ValueError for a number below its least."""
+    for name, (value, least) in given.items():
+        if not value >= least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+
+
 def _plan(
     record: Record, random: np.random.Generator, *, kinds: Mapping[Kind, float], every_kind: bool,
     counts: Mapping[str, Mapping[int, float]], max_answer: int,
@@ -189,8 +214,11 @@ def _compose(
     """The new prompt, the prompt that the model answers, and what was pasted where."""
     question = about_one_image(record)
     kind, count = record.fields["kind"], record.fields["count"]
-    if kind != "sequence" and holds_box(str(record.answer)):
-        raise Dropped("answer with a bounding box")  # which means nothing once the image has moved
+    if kind != "sequence":  # where a box means nothing once the image has moved
+        if holds_box(str(record.answer)):
+            raise Dropped("answer with a bounding box")
+        if any(holds_box(str(turn.data)) for turn in question.turns):
+            raise Dropped("question with a bounding box")
     images = pool.others(subset(question.image, by_folder), question.image, count - 1, random)
     target = 1 if kind == "inset" else int(random.integers(count))
     images.insert(target, question.image)

@@ -63,6 +63,8 @@ def prepare(
     embedder = tools.image_embedder
     if embedder is None:
         raise ValueError("retrieval: expected an image_embedder")
+    if neighbours < 1:
+        raise ValueError(f"retrieval.neighbours: expected at least 1, got {neighbours}")
     keys: list[str] = []
     vectors: list[np.ndarray] = []
     for blocks in _batched(_distinct_images(records), batch):
@@ -198,7 +200,7 @@ def _masked_by_words(record: Record, share: float, random: np.random.Generator) 
 
 def _masked_by_model(records: Sequence[Record], randoms: Sequence[np.random.Generator], say: _Speaker) -> list[Result]:
     asked = [(about_one_image(record), record.answer) for record in records]
-    prompts = [(q.image, text(ASK_TO_MASK.format(question=q.text, answer=answer))) for q, answer in asked]
+    prompts = [(q.image, text(ASK_TO_MASK.format(question=q.last, answer=answer))) for q, answer in asked]
     results: list[Result] = []
     for record, said in zip(records, say(prompts, _seeds(randoms)), strict=True):
         template = said.strip()
@@ -243,7 +245,7 @@ def _refilled(
 
 
 def _whole_answers(records: Sequence[Record], pictures: Sequence[Block], seeds: Sequence[int], say: _Speaker) -> list[str]:
-    asked = [ASK_TO_FILL.format(question=about_one_image(r).text, answer=r.fields["masked"]) for r in records]
+    asked = [ASK_TO_FILL.format(question=about_one_image(r).last, answer=r.fields["masked"]) for r in records]
     return [said.strip() for said in say([(p, text(words)) for p, words in zip(pictures, asked, strict=True)], seeds)]
 
 

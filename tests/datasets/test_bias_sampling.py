@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,21 @@ def test_one_answer_sees_one_set_of_hidden_tokens_and_attempts_see_others() -> N
 
     pairs, generator = built(cars(1), repeats, flip=0.0)
     assert not pairs  # what it says is the answer itself, also when free
-    assert [len(set(call["seeds"])) for call in generator.calls] == [1] * 5
-    assert len({call["seeds"][0] for call in generator.calls}) == 5
+    hidden = [set(call.get("hide_seeds") or call["seeds"]) for call in generator.calls]
+    assert [len(seeds) for seeds in hidden] == [1] * 5 and len(set.union(*hidden)) == 5
+    guided = [call["seeds"] for call in generator.calls if call["prefixes"] is not None]
+    assert all(len(set(seeds)) == len(seeds) > 1 for seeds in guided)  # sentences are independent
+
+
+def test_an_answer_is_flipped_in_all_attempts_or_in_none() -> None:
+    """Drawn anew in each, those that come out different enough would nearly all be flipped."""
+
+    def agrees(prompt: Prompt, seed: int, prefix: str) -> str:
+        return " it is red." if prefix.startswith("No") else "Yes, it is red."[len(prefix) :]
+
+    yes = [replace(r, id=f"r{i}", answer="Yes, it is red.") for i, r in enumerate(cars(1) * 60)]
+    pairs, _ = built(yes, agrees)
+    assert 18 <= len(pairs) <= 42 and all(str(p.rejected[0].data).startswith("No") for p in pairs)
 
 
 def test_five_attempts_the_last_free_and_taken_as_it_is() -> None:

@@ -23,7 +23,7 @@ from mmpo import cli, find, media
 from mmpo.datasets import build as building
 from mmpo.datasets import builder_options
 from mmpo.datasets.build import Order, build
-from mmpo.datasets.builder_options import ToolChoice
+from mmpo.datasets.builder_options import ToolChoice, module_of
 from mmpo.datasets.formats.mmpo import write_mmpo
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import load
@@ -168,6 +168,10 @@ def test_builders_and_their_tools_are_named(tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["pairs", "collage", "--data", str(data), "--out", str(tmp_path / "out")]) == cli.USAGE
     assert "collage: needs --generator" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    for builder, aspect in (("annotate", "coherence"), ("claims", "holds")):
+        asked = module_of(builder)
+        with pytest.raises(RecipeError, match=f"--judge sentiment scores whole answers, and this builder asks for .*{aspect}"):
+            ToolChoice("DIR", judge="sentiment").check(builder, asked.NEEDS, asked.ASPECTS)
     with pytest.raises(RecipeError, match="needs --judge"):
         ToolChoice().check("x", {"pair_judge", "point_judge"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +209,18 @@ def test_turns_keep_their_speakers_and_later_questions_name_the_image_too(tmp_pa
 def test_what_cannot_be_a_pair_is_dropped_for_its_reason(tmp_path: Path) -> None:
     first, *others = source(5)
     prompt = first.prompt
+    talk = (text("Where?", "user"), text("[0.1, 0.2, 0.3, 0.4]", "assistant"), text("What?", "user"))
     bad = [
         Record("box", prompt, "at [0.1, 0.2, 0.3, 0.4]"), Record("long", prompt, "x" * 512), Record("none", prompt, None),
         Record("two", (prompt[0], *prompt), "yes"), Record("blank", (prompt[0],), "yes"),
+        Record("asked", (prompt[0], text("What is in (1., 2., 3., 4.)?")), "A cat."),
+        Record("earlier", (replace(prompt[0], role="user"), *talk), "A cat."),
     ]  # fmt: skip
     pairs, ledger = built(tmp_path, items=[*others, *bad], kinds={"grid": 1})
     assert len(pairs) == len(others)
     assert ledger.skipped == {
         "compose: answer with a bounding box": 1, "plan: answer too long": 1, "plan: no known answer": 1,
-        "plan: not exactly one image": 1, "plan: no question": 1,
+        "plan: not exactly one image": 1, "plan: no question": 1, "compose: question with a bounding box": 2,
     }  # fmt: skip
     boxes, _ = built(tmp_path, items=[*others, bad[0]], kinds={"sequence": 1})
     assert len(boxes) == len(others) + 1, "in a sequence the image does not move"
@@ -299,6 +303,12 @@ def test_ratios_by_hand() -> None:
         ({"grid_counts": {5: 1}}, "numbers of images out of 2, 3, 4, 6, 9, found 5"),
         ({"sequence_counts": {1: 1}}, "at least 2 images, found 1"),
         ({"sequence_counts": {7: 1}}, "sequence_ratios: expected one for 7 images"),
+        ({"reference": "In Image{i}, "}, "reference: expected text in which {k} is the image's number"),
+        ({"openings": ()}, "openings: expected at least one, found none"),
+        ({"tile": 0}, "tile: expected at least 1, found 0"),
+        ({"grid_noise": -3.0}, "grid_noise: expected at least 0, found -3.0"),
+        ({"share": 1.5}, "share: expected a share of the outer picture between 0 and 1, found 1.5"),
+        ({"batch": 0}, "batch: expected at least 1 record, found 0"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

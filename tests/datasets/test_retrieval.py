@@ -246,3 +246,19 @@ def test_missing_tools_and_wrong_shares_are_refused(tmp_path: Path) -> None:
         retrieval(Tools(), pool=pool, share=0.0)
     with pytest.raises(ValueError, match="the model masks as it will"):
         retrieval(Tools(), pool=pool, share=0.5)
+
+
+def test_the_question_of_an_answer_is_the_last_one(tmp_path: Path) -> None:
+    """Of a conversation: the first question has another answer."""
+    asked: list[str] = []
+
+    def notes(prompt: Prompt, seed: int, prefix: str) -> str:
+        asked.append(str(prompt[-1].data))
+        return obedient(prompt, seed, prefix)
+
+    items = []
+    for r in colours("red", "orange", "blue"):
+        talk = (*(replace(b, role="user") for b in r.prompt), text("[0.1, 0.2]", "assistant"), text("Which colour?", "user"))
+        items.append(replace(r, prompt=talk))
+    assert built(items, tmp_path, Scripted(notes), duplicate=0.999)
+    assert asked and all("Question: Which colour?" in words for words in asked)

@@ -14,6 +14,7 @@ from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.sources import about_one_image
 from mmpo.datasets.stages import Dropped, Record, Result, Stage, each, execute, random_of
+from mmpo.datasets.tools import Unanswerable
 from mmpo.errors import DataError
 from mmpo.pair import Block, image, text
 
@@ -128,3 +129,24 @@ def test_boxes_in_answers(answer: str, found: bool) -> None:
 def test_distances_of_answers() -> None:
     assert edit_distance("kitten", "sitting") == 3 / 7 and edit_distance("", "") == 0 and edit_distance("", "ab") == 1
     assert length_ratio("ab", "abcd") == 2 and length_ratio("", "a") == float("inf") and length_ratio("", "") == 1
+
+
+def test_a_batch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch: expected at least 1 record, found 0"):
+        Stage("none", 0, lambda records, randoms: records)
+
+
+def test_what_a_tool_cannot_take_costs_its_own_record_alone() -> None:
+    """The others of its batch have the random numbers that they would have had without it."""
+
+    def run(records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Record]:
+        drawn = [float(g.random()) for g in randoms]
+        if any(r.id == "r2" for r in records):
+            raise Unanswerable("prompt too long for the model", "9000 tokens")
+        return [r.having(drawn=x) for r, x in zip(records, drawn, strict=True)]
+
+    ledger = Ledger("skip")
+    found = list(execute(records(6), [Stage("ask", 4, run)], seed=0, ledger=ledger))
+    assert ledger.skipped == {"ask: prompt too long for the model": 1} and ledger.used == 5
+    whole = execute([r for r in records(6) if r.id != "r2"], [Stage("ask", 4, run)], seed=0, ledger=Ledger())
+    assert [(r.id, r.fields["drawn"]) for r in found] == [(r.id, r.fields["drawn"]) for r in whole]

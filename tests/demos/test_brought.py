@@ -32,18 +32,24 @@ def test_only_pixels_are_kept(tmp_path: Path) -> None:
     told.add_text("Comment", "secret place")
     Image.open(io.BytesIO(photo(3, (40, 30)))).save(buffer, "PNG", pnginfo=told)
     original = given(tmp_path / "up", "a.png", buffer.getvalue())
-    (name,) = Brought(tmp_path).take([original])
+    (name,) = Brought(tmp_path).take("tim", [original])
     kept = (tmp_path / name).read_bytes()
-    assert b"secret" in buffer.getvalue() and b"secret" not in kept and not Path(original).exists()
+    assert b"secret" in buffer.getvalue() and b"secret" not in kept
     assert np.array_equal(np.asarray(media.open_image(kept)), np.asarray(media.open_image(photo(3, (40, 30)))))
 
 
+def test_large_pictures_are_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(brought, "PIXELS", 100)
+    (name,) = Brought(tmp_path).take("tim", [given(tmp_path / "up", "a.png", photo(1, (40, 10)))])
+    assert media.open_image((tmp_path / name).read_bytes()).size == (5, 20)
+
+
 @pytest.mark.parametrize("data", [b"", b"<svg onload=alert(1)>", b"GIF89a" + bytes(20), photo(1)[:150]])
-def test_what_is_no_picture_is_refused_by_name_and_removed(tmp_path: Path, data: bytes) -> None:
+def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, data: bytes) -> None:
     paths = [given(tmp_path / "up", "good.png", photo(1)), given(tmp_path / "up", "bad.png", data)]
     with pytest.raises(DataError, match=r"bad\.png cannot be used"):
-        Brought(tmp_path).take(paths)
-    assert not list((tmp_path / "up").iterdir())
+        Brought(tmp_path).take("tim", paths)
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
@@ -51,12 +57,25 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "up").mkdir()
     (tmp_path / "up" / "link.png").symlink_to(secret)
     with pytest.raises(DataError, match=r"link\.png"):
-        Brought(tmp_path).take([str(tmp_path / "up" / "link.png")])
-    assert Path(secret).exists()
+        Brought(tmp_path).take("tim", [str(tmp_path / "up" / "link.png")])
 
 
-def test_the_oldest_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brought, "KEPT", 3)
+def test_what_is_too_many_is_not_even_opened(tmp_path: Path) -> None:
+    paths = [given(tmp_path / "up", f"{i}.png", photo(i)) for i in range(brought.MOST)]
     kept = Brought(tmp_path)
-    names = [kept.take([given(tmp_path / "up", "a.png", photo(i))])[0] for i in range(5)]
-    assert {path.name for path in tmp_path.glob("*.png")} == set(names[2:])
+    names = kept.take("tim", [*paths, str(tmp_path / "absent.png")])
+    assert len(names) == brought.MOST and kept.take("tim", ["absent.png"], names) == names
+
+
+def test_nobody_loses_pictures_to_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A visitor's own old ones go, then those of whoever came the longest time ago."""
+    monkeypatch.setattr(brought, "VISITORS", 2)
+    kept, path = Brought(tmp_path), given(tmp_path / "up", "a.png", photo(1))
+    (tim,) = kept.take("tim", [path])
+    for _ in range(5):
+        (eve,) = kept.take("eve", [path])
+    assert {p.name for p in tmp_path.glob("*.png")} == {tim, eve}
+    two = kept.take("eve", [path], [eve])
+    assert two[0] == eve and {p.name for p in tmp_path.glob("*.png")} == {tim, *two}
+    (amy,) = kept.take("amy", [path])
+    assert {p.name for p in tmp_path.glob("*.png")} == {*two, amy}

@@ -175,7 +175,7 @@ def test_markup_typed_into_gradios_own_components_is_text(browser: Browser, plai
         page.get_by_label("Prompt").fill(text)
         page.get_by_role("button", name="Show").click()
         page.get_by_role("button", name="Say").click()
-        expect(page.get_by_label("Said")).to_have_value(text, timeout=15_000)
+        expect(page.get_by_label("Said")).to_have_value(text, timeout=60_000)
         witness.check()
     page.close()
 

@@ -195,3 +195,19 @@ def test_entries_of_blocks_are_read_as_they_are() -> None:
 
     block = Block("image", np.zeros((2, 2, 3), np.uint8))
     assert entry_of("i", "s", (), block, None).block is block
+
+
+def test_a_relative_source_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a command line names it; the server leaves that folder."""
+    picture_folder(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    pool = open_pool(Path("set"))
+    monkeypatch.chdir("/")
+    assert all(entry.block.digest for entry in pool.entries)
+
+
+def test_exported_pairs_in_the_folder_of_votes_change_nothing(tmp_path: Path) -> None:
+    before = open_pool(picture_folder(tmp_path))
+    (tmp_path / "votes" / "pairs").mkdir(parents=True)
+    (tmp_path / "votes" / "pairs" / "pairs.parquet").write_bytes(b"PAR1")
+    assert open_pool(tmp_path).by_id.keys() == before.by_id.keys() and default_folder(tmp_path) == tmp_path / "votes"

@@ -180,6 +180,27 @@ def test_a_process_without_its_server_ends(tmp_path: Path) -> None:
         wait_for(lambda: not process.is_alive())
 
 
+def test_who_waits_can_leave_too(shared: Worker) -> None:
+    """For a turn: the other's answer goes on, and the next request is answered."""
+    first = shared.sample("long", [0], owner="a")
+    next(first)
+    second = shared.sample("hello", [0], owner="b")
+    assert next(second).kind == "waiting" and shared.cancel("b")
+    assert [event.kind for event in second][-1] == "stopped"
+    assert shared.cancel("a") and [event.kind for event in first][-1] == "stopped"
+    assert asked(shared, "again", owner="b")[-1].kind == "done"
+
+
+@pytest.mark.slow
+def test_held_out_prompts_are_known_while_a_process_is_started_again(tmp_path: Path) -> None:
+    with working(tmp_path) as worker:
+        list(worker.sample("warm", [0]))
+        prompts = worker.state.prompts
+        worker._process.kill()
+        wait_for(lambda: worker.state.name == "starting")
+        assert prompts and worker.state.prompts == prompts
+
+
 @pytest.mark.parametrize(("code", "words"), [(-9, "SIGKILL, most likely"), (-11, "SIGSEGV"), (3, "exit code 3")])
 def test_ends_are_named(code: int, words: str) -> None:
     assert words in fate(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from mmpo.modalities.vlm import Adapter
 from mmpo.modalities.vlm_config import ModelConfig
 from mmpo.modalities.vlm_turns import Rows
 from mmpo.objective import Objective, make_term
-from mmpo.pair import Branch, Pair, image, text
+from mmpo.pair import Block, Branch, Pair, image, text
 from tests.modalities import vlm_checks
 from tests.modalities.tiny_vlm import adapter, asked, drawn, moved, pair, shot
 from tests.vlm_families import photo
@@ -118,6 +119,38 @@ def test_roles_join_into_one_turn_only_around_an_image(llava: Adapter) -> None:
 def test_a_placeholder_in_the_text_is_refused(llava: Adapter) -> None:
     with pytest.raises(DataError, match="pair p: 1 images and 2 times <image>"):
         llava.encode([Pair("p", (shot(0), text("an <image>?")), (text("a"),), (text("b"),))])
+
+
+IMAGES_FIRST = (  # as LLaVA-1.5's own template
+    "{% for m in messages %}{{ m.role | upper }}: "
+    "{% for c in m.content %}{% if c.type == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def test_images_stay_between_their_words_where_a_template_moves_them(family_folder: Families, tmp_path: Path) -> None:
+    """And rows with their images in front are what the template makes of them."""
+    (file := tmp_path / "t.jinja").write_text(IMAGES_FIRST)
+    ours = adapter(family_folder("llava"), chat_template=str(file))
+
+    def written(*blocks: Block) -> str:
+        row = row_of(ours, Pair("p", blocks, (text("a"),), (text("b"),)))
+        return re.sub("(<image> ?)+", "<image>", ours.turns.tokenizer.decode(row.prompt)).removeprefix("<s>").strip()
+
+    mixed = (text("Image1:"), shot(0), text("Image2:"), shot(1), text("In Image2, what?"))
+    assert written(*mixed) == "USER: Image1:<image>\nImage2:<image>\nIn Image2, what? ASSISTANT:"
+    assert written(shot(0), shot(1), text("What?")) == "USER: <image>\n<image>\nWhat? ASSISTANT:"
+
+
+def test_pictures_are_padded_where_llavas_processor_would_cut_them(family_folder: Families) -> None:
+    wide = Pair("p", (image(photo(1, (28, 56))), text("What?")), (text("a"),), (text("b"),))
+    for padded in (False, True):
+        ours = adapter(family_folder("llava"), images={"pad_to_square": padded})
+        pixels = ours.processed.inputs(row_of(ours, wide).images[0])["pixel_values"][0]
+        assert pixels.shape[-2:] == (28, 28) and bool((pixels[:, :6].abs() < 0.05).all()) is padded
+    with pytest.raises(ValueError, match="pad_to_square: expected CLIP's image processor"):
+        adapter(family_folder("qwen2_5_vl"), images={"pad_to_square": True})
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_each_damage_alone_is_told_with_its_place(root: Path, name: str, kind: s
         assert account(load(path)[1]) == (3, Counter({damage.reason: 1}), Counter())
         return
     (where,) = reasons
-    with pytest.raises(DataError, match=rf"^{where} field '.+': expected .+, found .+ \(on_bad=skip counts"):
+    with pytest.raises(DataError, match=rf"^{where} field '.+': expected .+, found .+ \(data\.on_bad=skip, or --on"):
         load(path)
     report = validate(path)
     assert report.fatal is None and report.ledger.refused == {damage.reason: 1} and report.pairs == 3
