@@ -42,7 +42,7 @@ from mmpo.report import write_report
 from mmpo.rounds import fresh_pairs
 from mmpo.runlog import RunLog
 from mmpo.saving import policy_tensors, put, resume, save
-from mmpo.schema import JudgeConfig, Recipe
+from mmpo.schema import Recipe
 from mmpo.train import evaluate_now, forward, train
 
 
@@ -206,14 +206,10 @@ def inputs_of(recipe: Recipe, modality: Any, reference: Any) -> dict[str, str]:
     weights = dict(modality.weights)
     if recipe.reference.kind == "path":
         weights["reference"] = digest_module(reference.module)
-    weights |= {f"judge.{n}": packaged.digest(Path(v)) for n, v in judge_files(recipe.judge).items()}
+    given = {"path": recipe.judge.path, **recipe.judge.options}  # a judge's weights, a head, a list of words
+    files = {n: Path(v) for n, v in given.items() if isinstance(v, str) and v and Path(v).exists()}
+    weights |= {f"judge.{n}": packaged.digest(path) for n, path in files.items()}
     return {f"weights.{name}": digest for name, digest in weights.items()}
-
-
-def judge_files(judge: JudgeConfig) -> dict[str, str]:
-    """The settings of a judge that name files or folders of this machine: its weights, a head, a list of words."""
-    given = {"path": judge.path, **judge.options}
-    return {name: value for name, value in given.items() if isinstance(value, str) and value and Path(value).exists()}
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
