@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,14 +260,17 @@ class Desk:
         shown = [status, parts["held"], timer]
         timer.tick(self._looked(parts["held"], status, timer), [status], shown, show_progress="hidden")
         chosen = [parts["words"], parts["pictures"], parts["names"], *([parts["without"]] if self.source.pictures else [])]
-        parts["held"].input(self._picked, [parts["held"]], chosen, show_progress="hidden")
+        parts["held"].input(self._picked, [parts["held"]], chosen, show_progress="hidden", trigger_mode="always_last")
         if self.source.pictures:
             self._wire_uploads(parts, status)
         given = [parts[name] for name in ("words", "held", "seed", "count", "steps", "names")]
         outputs = [status, parts["run"], parts["stop"], *rows, *cards.components(grid)]
         run = self._run(parts, status, rows, grid)
+        ready = partial(_ready, parts["run"], parts["stop"])
         for trigger in (parts["run"].click, parts["words"].submit):
-            trigger(run, given, outputs, show_progress="hidden", concurrency_limit=WAITING, concurrency_id="compare")
+            ran = trigger(run, given, outputs, show_progress="hidden", concurrency_limit=WAITING, concurrency_id="compare")
+            # Not in the last update of the run itself: until Gradio has closed a run it drops a click.
+            ran.then(ready, None, [parts["run"], parts["stop"]], show_progress="hidden", queue=False)
 
         @cards.with_request
         def stop(request: Any) -> None:
@@ -358,9 +362,15 @@ class Desk:
             options["pictures"] = names
             cells = [[cards.Cell(card, seed) for card in line] for line, seed in zip(grid, seeds, strict=False)]
             yield from cards.paced(worker.sample(asked, seeds, **options), cells, status)
-            yield {run: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
         return compare
+
+
+def _ready(run: Any, stop: Any) -> Updates:
+    """The buttons as they are while nothing runs."""
+    import gradio as gr
+
+    return {run: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
 
 def _shown(names: Sequence[str]) -> Any:
