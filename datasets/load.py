@@ -27,8 +27,10 @@ def detect(path: str | Path) -> str:
     fitting = [n for n in names(ROOM) if importlib.import_module(f"mmpo.{ROOM}.{n}").recognises(kind, columns)]
     if len(fitting) == 1:
         return fitting[0]
+    if not columns and not fitting:
+        raise DataError(f"{path}: there is nothing to read in this {kind}")
     verdict = f"fits {' and '.join(fitting)}" if fitting else "fits no format"
-    found = ", ".join(sorted(columns)[:12]) or "nothing"
+    found = ", ".join(sorted(columns)[:12]) or "no columns"
     raise DataError(f"{path}: a {kind} with {found} {verdict}; set format to one of: {', '.join(names(ROOM))}")
 
 

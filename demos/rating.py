@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mmpo.intervals import unanimous
+
 Matrix = NDArray[np.float64]
 ELO = 400 / math.log(10)  # points of the Elo scale in one unit of log-odds
 CENTRE = 1000.0  # the mean of all ratings
@@ -55,7 +57,8 @@ class Rating:
 def win_rate(shares: Sequence[tuple[str, float]], seed: int = 0, draws: int = 2000) -> Interval | None:
     """The mean of the shares, and what it is when units are drawn again with replacement; None without any vote.
 
-    shares: (unit, share in [0, 1]) of each vote. A unit weighs as much as it has votes.
+    shares: (unit, share in [0, 1]) of each vote. A unit weighs as much as it has votes. Where all units agree the interval is
+    `intervals.unanimous`.
     """
     if not shares:
         return None
@@ -65,6 +68,8 @@ def win_rate(shares: Sequence[tuple[str, float]], seed: int = 0, draws: int = 20
         drawn = random.integers(0, len(sums), len(sums))
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = np.percentile(means, [2.5, 97.5])
+    if np.ptp(sums / counts) == 0:
+        low, high = unanimous(float(sums[0] / counts[0]), len(sums))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high), len(shares))
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from mmpo import measures
 from mmpo import reference as references
+from mmpo.intervals import unanimous
 from mmpo.judging import Judge
 from mmpo.modality import DrawKey, Modality
 from mmpo.objective import accuracy
@@ -146,11 +147,14 @@ DISTANCES: dict[str, Callable[[Block, Block], float | None]] = {"image": _pixels
 def win_rate(aligned: np.ndarray, base: np.ndarray, per_prompt: int, seed: int = 0) -> dict[str, float]:
     """Share of samples the judge scores above the base's sample of the same prompt and seed; ties count half.
 
-    The 95 % interval is a percentile bootstrap over prompts, because seeds of one prompt are not independent.
+    The 95 % interval is a percentile bootstrap over prompts, because seeds of one prompt are not independent; where all
+    prompts agree, and a bootstrap has no width, it is `intervals.unanimous`.
     """
     wins = ((aligned > base) + 0.5 * (aligned == base)).reshape(-1, per_prompt).mean(1)
     draws = np.random.default_rng(seed).choice(wins, (4000, len(wins))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
+    if wins.min() == wins.max():
+        low, high = unanimous(float(wins[0]), len(wins))
     return {"value": float(wins.mean()), "low": float(low), "high": float(high), "n": int(aligned.size)}
 
 

@@ -94,7 +94,9 @@ def test_win_rate_counts_ties_half_and_resamples_prompts() -> None:
     assert found["value"] == (1 + 0.5 + 1 + 0) / 4 and found["n"] == 4
     assert (found["low"], found["high"]) == (0.5, 0.75)  # prompts won by 0.75 and 0.5: no resampling leaves that range
     certain = win_rate(np.ones(40), np.zeros(40), per_prompt=4)
-    assert (certain["value"], certain["low"], certain["high"]) == (1, 1, 1)
+    assert (certain["value"], certain["high"]) == (1, 1) and certain["low"] == pytest.approx(0.025 ** (1 / 10))  # ten prompts
+    lost = win_rate(np.zeros(3), np.ones(3), per_prompt=1)  # three prompts say little
+    assert (lost["value"], lost["low"]) == (0, 0) and lost["high"] == pytest.approx(0.7076, abs=1e-4)
     one_seed, many = (win_rate(np.repeat([1.0, 0.0], 20), np.full(40, 0.5), per_prompt=n) for n in (1, 20))
     assert many["high"] - many["low"] == 1 > one_seed["high"] - one_seed["low"]  # seeds of a prompt are one piece of evidence
 
