@@ -100,7 +100,9 @@ class Looking:
     def __call__(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int = 512, temperature: float = 0.0,
         hide_images: float = 0.0, prefixes: Sequence[str] | None = None, attention: bool = False,
+        hide_seeds: Sequence[int] | None = None,
     ) -> list[Answer]:  # fmt: skip
+        """All pictures are hidden or none, so that `hide_seeds` decide nothing."""
         begun = prefixes or [""] * len(prompts)
         asked = [self._asked(p, hide_images) for p in prompts]
         limit = min(max_new_tokens, 48)  # of a language model that does not stop by itself

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, create_model
 
 from mmpo import yaml_source
-from mmpo.datasets.tools import Tools
+from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
 from mmpo.find import find, names, nearest
 from mmpo.packaged import PREFIX
@@ -136,8 +136,23 @@ def _is_plugin(spec: str) -> bool:
 
 def _generator(spec: str, device: str, settings: Mapping[str, Any] | None = None) -> Any:
     if _is_plugin(spec):
-        return _named("", spec, device)
+        made = _named("", spec, device)
+        if lacks := _lacking(made):
+            raise RecipeError(
+                f"--generator {spec}: what it returns does not take {', '.join(lacks)}; mmpo.datasets.tools.Generator says "
+                "what a generator is called with"
+            )
+        return made
     return importlib.import_module("mmpo.modalities.vlm_generate").generator(spec, device, **(settings or {}))
+
+
+def _lacking(made: Any) -> list[str]:
+    """The keywords of a generator that a plugin's object does not take."""
+    taken = inspect.signature(made).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in taken):
+        return []
+    wanted = inspect.signature(Generator.__call__).parameters.values()
+    return [p.name for p in wanted if p.kind is p.KEYWORD_ONLY and p.name not in {t.name for t in taken}]
 
 
 def _judges(spec: str, generator: Any, device: str) -> tuple[Any, Any]:

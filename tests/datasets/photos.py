@@ -71,3 +71,14 @@ class Guess:
 def guess(path: Path | None = None, device: str = "cpu") -> Guess:
     """As a plugin: `--generator tests.datasets.photos:guess --plugin tests.datasets.photos`."""
     return Guess()
+
+
+def outdated(path: Path | None = None, device: str = "cpu") -> Any:
+    """A generator of a plugin that does not take all that builders say."""
+
+    def answer(
+        prompts: Sequence[Prompt], seeds: Sequence[int], *, max_new_tokens: int = 8, temperature: float = 0.0
+    ) -> list[Answer]:
+        raise AssertionError("called in spite of it")
+
+    return answer

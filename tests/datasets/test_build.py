@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html.parser
+import importlib
 import json
 import os
 import re
@@ -174,6 +175,18 @@ def test_builders_and_their_tools_are_named(tmp_path: Path, capsys: pytest.Captu
             ToolChoice("DIR", judge="sentiment").check(builder, asked.NEEDS, asked.ASPECTS)
     with pytest.raises(RecipeError, match="needs --judge"):
         ToolChoice().check("x", {"pair_judge", "point_judge"})
+
+
+def test_a_plugins_generator_that_lacks_a_keyword_is_refused_before_any_record() -> None:
+    spec = "tests.datasets.photos:outdated"
+    with pytest.raises(RecipeError, match=f"{spec}: .* does not take hide_images, prefixes, attention, hide_seeds;"):
+        ToolChoice(generator=spec).make()
+
+
+@pytest.mark.parametrize("home", ["benchmarks.photo_pairs:Looking", "mmpo.modalities.vlm_generate:Answers"])
+def test_generators_of_ours_take_what_builders_say(home: str) -> None:
+    module, _, name = home.partition(":")
+    assert builder_options._lacking(getattr(importlib.import_module(module), name).__call__) == []
 
 
 def test_every_builder_has_options_with_defaults_and_known_needs() -> None:
