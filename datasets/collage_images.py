@@ -50,13 +50,13 @@ def grid(pictures: Sequence[Image.Image], *, tile: int = 448, margin: int = 40, 
     rows, columns = GRIDS[len(pictures)]
     step = tile + margin
     canvas = Image.new("RGB", (columns * step - margin, rows * step), "white")
+    corners = [(k % columns * step, k // columns * step + margin) for k in range(len(pictures))]
     draw, boxes = ImageDraw.Draw(canvas), []
-    for k, picture in enumerate(pictures):
-        x, y = k % columns * step, k // columns * step + margin
-        if label:
-            draw.text((x + margin // 2, y - margin), f"Image{k + 1}", fill="black", font=font(label))
+    for k, (x, y) in enumerate(corners if label else ()):  # on the strip's lower edge; DejaVu is two pixels higher than Arial
+        draw.text((x + margin // 2, y), f"Image{k + 1}", fill="black", font=font(label), anchor="ld")
+    for picture, (x, y) in zip(pictures, corners, strict=True):  # over labels that are too large for their strip
         small = fitted(picture, tile, tile)
-        canvas.paste(small, (x, y))  # over the label's lowest pixels, of which DejaVu's g has two too many
+        canvas.paste(small, (x, y))
         boxes.append((x, y, x + small.width, y + small.height))
     return Composite(canvas, tuple(boxes), cells(canvas.size, rows, columns))
 

@@ -44,9 +44,16 @@ def test_labels_differ_and_nothing_else_is_drawn() -> None:
     made, plain = grid(pictures), np.asarray(grid(pictures, label=0).picture)
     strips = [np.asarray(made.picture)[t - 40 : t, le : le + 448] for le, t, _, _ in made.boxes]
     assert all((a != b).any() for a, b in zip(strips, strips[1:], strict=False))
+    assert all((strip[-1] == 255).all() for strip in strips), "no letter is cut off by its picture"
     for left, top, right, bottom in made.boxes:
         assert (plain[top:bottom, left:right] == np.asarray(made.picture)[top:bottom, left:right]).all()
         assert (np.asarray(made.picture)[bottom : top + 448, left : left + 448] == 255).all(), "white below a wide photo"
+
+
+def test_labels_too_large_for_their_strip_cover_no_picture() -> None:
+    pictures = [Image.new("RGB", (48, 48), (10 * i, 99, 7)) for i in range(9)]
+    made = grid(pictures, tile=48, margin=8, label=36)
+    assert [made.picture.crop(box).tobytes() for box in made.boxes] == [p.tobytes() for p in pictures]
 
 
 @pytest.mark.parametrize("count", sorted(GRIDS))
