@@ -137,8 +137,9 @@
   const table = (name, heads, rows) => make("div", { class: "vote-table", tabindex: "0", role: "region", "aria-label": name },
     make("table", {}, make("caption", {}, name), make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
       make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
-  const tally = (row) => [whole(row.wins), whole(row.ties), whole(row.losses), `${percent(row.win_rate.value)} (${percent(row.win_rate.low)} to ${percent(row.win_rate.high)})`, `${whole(row.elo.value)} (${whole(row.elo.low)} to ${whole(row.elo.high)})`];
-  const TALLY = ["Wins", "Ties", "Losses", "Win rate", "Elo"];
+  const interval = (of, told) => [told(of.value), `(${told(of.low)} to ${told(of.high)})`].map((part) => part.replaceAll(" ", "\u00a0")).join(" ");
+  const tally = (row) => [interval(row.win_rate, percent), interval(row.elo, whole), whole(row.wins), whole(row.ties), whole(row.losses)];
+  const TALLY = ["Win rate", "Elo", "Wins", "Ties", "Losses"]; // a narrow page shows the first columns, the others by scrolling
 
   function systems(told) {
     if (!told.systems.length) return make("p", {}, "The data do not name who made the answers.");

@@ -138,6 +138,7 @@ def test_compare(browser: Browser, tmp_path: Path, kind: str, source: Source, op
         page.fill("#compare-prompt textarea", "a red square left of a blue circle")
         page.click("#compare-run")
         expect(status).to_have_value(re.compile("Done"), timeout=60_000)
+        expect(page.locator("#compare-run")).to_be_enabled()
 
     (files := tmp_path / "files").mkdir()
     worker = Worker(source, files, files, opener=opener)

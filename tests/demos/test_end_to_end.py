@@ -42,6 +42,7 @@ def compare(page: Page, url: str, modality: str, shots: Path) -> None:
     expect(page.locator("#compare-prompt textarea")).not_to_have_value("")
     page.click("#compare-run")
     expect(status).to_have_value(re.compile("Done"), timeout=240_000)
+    expect(page.locator("#compare-run")).to_be_enabled()
     expect(page.locator(".compare-card:visible h2")).to_have_text(["base", "aligned"])
     for told in page.locator(".compare-told:visible").all():
         expect(told).to_contain_text("Log-ratio")
