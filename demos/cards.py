@@ -126,6 +126,14 @@ def components(grid: Sequence[Sequence[Card]]) -> list[Any]:
     return [part for card in itertools.chain.from_iterable(grid) for part in (card.shown, card.told)]
 
 
+def pictures(names: Sequence[str]) -> Any:
+    """What a place of pictures becomes for these, by the names of their files."""
+    import gradio as gr
+
+    shown = "".join(medium("image", f"/shown/{name}", "Picture of the prompt") for name in names)
+    return gr.update(value=shown, visible=bool(shown))
+
+
 def paced(events: Iterable[Event], cells: Sequence[Sequence[Cell]], status: Any) -> Iterator[Updates]:
     """The updates of a page from what becomes known, several in one where they come fast. cells: by seed, then by system."""
     pending: Updates = {}

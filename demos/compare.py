@@ -6,13 +6,11 @@ are files that the worker wrote under names nobody can guess, and no path or add
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mmpo.demos import brought, cards, heat, history, markup
+from mmpo.demos.asking import LARGEST_SEED, OWN, SEEDS, TEXT, Asking, Grid, Updates, label_of
 from mmpo.demos.blinding import blinded
 from mmpo.demos.brought import Brought
 from mmpo.demos.pool import Entry
@@ -37,15 +36,8 @@ __all__ = ["compare_site", "open_source"]
 
 TITLE = "Compare models"
 SCRIPT = Path(__file__).with_name("players.js")
-SEEDS, LARGEST_SEED, TEXT = 4, 2**31 - 1, 4000
 SHOWN = re.compile(r"[0-9a-f]{32}\.(png|svg|wav|mp4|webm)")
 TYPES = {"png": "image/png", "svg": "image/svg+xml", "wav": "audio/wav", "mp4": "video/mp4", "webm": "video/webm"}
-OWN = "My own words"
-WAITING = 16  # requests that are told that they wait; the models answer one
-LOADING, READING = "Loading the models.", "Reading the held-out prompts."
-
-Updates = dict[Any, Any]  # by component
-Grid = Sequence[Sequence[cards.Card]]  # a line for each seed, in it a card for each system
 
 
 def compare_site(source: Source, worker: Worker | None = None) -> Site:
@@ -138,7 +130,8 @@ class Desk:
                 for happens in (parts["item"].change, blocks.load):
                     happens(self._browsed(parts, rows, grid), [parts["item"]], outputs, show_progress="hidden")
             else:
-                self._wire(blocks, parts, status, rows, grid)
+                assert self.worker is not None
+                Asking(self.source, self.brought, self.worker).wire(blocks, parts, status, rows, grid)
         return blocks
 
     def _controls(self) -> dict[str, Any]:
@@ -239,7 +232,7 @@ class Desk:
             by_system = {name: [e for e in groups[item] if e.system == name] for name in self.source.systems}
             most = min(SEEDS, max(len(found) for found in by_system.values()))
             updates: Updates = {row: gr.update(visible=i < most) for i, row in enumerate(rows)}
-            updates |= {parts["words"]: self.words_of(first), parts["pictures"]: _shown(self._pictures_of(first))}
+            updates |= {parts["words"]: self.words_of(first), parts["pictures"]: cards.pictures(self._pictures_of(first))}
             for index, line in enumerate(grid):
                 for card, name in zip(line, self.source.systems, strict=True):
                     found = by_system[name][index : index + 1]
@@ -247,138 +240,6 @@ class Desk:
             return updates
 
         return show
-
-    # ---- generation
-
-    def _wire(self, blocks: Any, parts: Mapping[str, Any], status: Any, rows: Sequence[Any], grid: Grid) -> None:
-        """What happens on the page when somebody does something."""
-        import gradio as gr
-
-        worker = self.worker
-        assert worker is not None
-        timer = gr.Timer(1.0)
-        shown = [status, parts["held"], timer]
-        timer.tick(self._looked(parts["held"], status, timer), [status], shown, show_progress="hidden")
-        chosen = [parts["words"], parts["pictures"], parts["names"], *([parts["without"]] if self.source.pictures else [])]
-        parts["held"].input(self._picked, [parts["held"]], chosen, show_progress="hidden", trigger_mode="always_last")
-        if self.source.pictures:
-            self._wire_uploads(parts, status)
-        given = [parts[name] for name in ("words", "held", "seed", "count", "steps", "names")]
-        outputs = [status, parts["run"], parts["stop"], *rows, *cards.components(grid)]
-        run = self._run(parts, status, rows, grid)
-        ready = partial(_ready, parts["run"], parts["stop"])
-        for trigger in (parts["run"].click, parts["words"].submit):
-            ran = trigger(run, given, outputs, show_progress="hidden", concurrency_limit=WAITING, concurrency_id="compare")
-            # Not in the last update of the run itself: until Gradio has closed a run it drops a click.
-            ran.then(ready, None, [parts["run"], parts["stop"]], show_progress="hidden", queue=False)
-
-        @cards.with_request
-        def stop(request: Any) -> None:
-            worker.cancel(str(request.session_hash))
-
-        parts["stop"].click(stop, None, None, show_progress="hidden", queue=False)
-        blocks.unload(stop)  # whoever closes the page waits no more
-
-    def _wire_uploads(self, parts: Mapping[str, Any], status: Any) -> None:
-        """Pictures that are brought are shown, take the place of a held-out prompt's, and can be left out again."""
-        import gradio as gr
-
-        file, names, held, without = (parts[name] for name in ("file", "names", "held", "without"))
-
-        @cards.with_request
-        def take(paths: list[str] | None, known: list[str], request: Any) -> Updates:
-            given = [str(path) for path in paths or ()]
-            try:
-                found = self.brought.take(str(request.session_hash), given, known)
-            except DataError as error:
-                return {file: None, status: str(error)}
-            left = len(known) + len(given) - len(found)
-            said = f"At most {brought.MOST} pictures; the first of them are taken." if left else gr.skip()
-            shown = {parts["pictures"]: _shown(found), without: gr.update(visible=bool(found))}
-            return shown | {file: None, names: found, held: -1, status: said}
-
-        def drop() -> Updates:
-            return {parts["pictures"]: _shown([]), without: gr.update(visible=False), names: []}
-
-        file.upload(take, [file, names], [file, names, parts["pictures"], held, without, status], show_progress="minimal")
-        without.click(drop, None, [names, parts["pictures"], without], show_progress="hidden")
-
-    def _looked(self, held: Any, status: Any, timer: Any) -> Any:
-        """Asked every second until the models and the held-out prompts are there."""
-        import gradio as gr
-
-        worker = self.worker
-        assert worker is not None
-
-        def look(said: str) -> Updates:
-            state = worker.state
-            waiting = said in ("", LOADING, READING)  # nothing has been asked meanwhile, whose answer is told there
-            if state.name == "failed":
-                return {status: state.message, timer: gr.Timer(active=False)}
-            if state.prompts is None:
-                told = LOADING if state.name == "starting" else READING
-                return {status: told} if waiting and said != told else {status: gr.skip()}
-            choices = [(OWN, -1), *((label_of(i, p["words"]), i) for i, p in enumerate(state.prompts))]
-            ready = {status: state.message or "Ready."} if waiting else {}
-            return ready | {held: gr.Dropdown(choices), timer: gr.Timer(active=False)}
-
-        return look
-
-    def _held(self, number: Any) -> dict[str, Any] | None:
-        assert self.worker is not None
-        prompts = self.worker.state.prompts or ()
-        return prompts[number] if isinstance(number, int) and 0 <= number < len(prompts) else None
-
-    def _picked(self, number: Any) -> tuple[Any, ...]:
-        """The words and the pictures of a held-out prompt; a visitor's own go."""
-        import gradio as gr
-
-        prompt = self._held(number)
-        words, shown = (gr.skip(), _shown([])) if prompt is None else (prompt["words"], _shown(prompt["pictures"]))
-        return words, shown, [], *([gr.update(visible=False)] if self.source.pictures else [])
-
-    def _run(self, parts: Mapping[str, Any], status: Any, rows: Sequence[Any], grid: Grid) -> Any:
-        import gradio as gr
-
-        worker, run, stop = self.worker, parts["run"], parts["stop"]
-        assert worker is not None
-
-        @cards.with_request
-        def compare(
-            words: Any, held: Any, seed: Any, count: Any, steps: Any, names: list[str], request: Any
-        ) -> Iterator[Updates]:
-            asked = str(words or "").strip()
-            if not asked or len(asked) > TEXT:
-                yield {status: f"Write a prompt of 1 to {TEXT:,} characters, or choose a held-out one."}
-                return
-            first, most = clamped(seed, 0, LARGEST_SEED), self.source.steps[0] if self.source.steps else 1
-            seeds = [(first + i) % (LARGEST_SEED + 1) for i in range(clamped(count, 1, SEEDS))]
-            begin: Updates = {row: gr.update(visible=i < len(seeds)) for i, row in enumerate(rows)}
-            for card in itertools.chain.from_iterable(grid):
-                begin |= card.empty()
-            yield begin | {status: "Asked.", run: gr.update(interactive=False), stop: gr.update(interactive=True)}
-            number = held if self._held(held) else None
-            options: dict[str, Any] = {"held": number, "steps": clamped(steps, 1, most), "owner": str(request.session_hash)}
-            options["pictures"] = names
-            cells = [[cards.Cell(card, seed) for card in line] for line, seed in zip(grid, seeds, strict=False)]
-            yield from cards.paced(worker.sample(asked, seeds, **options), cells, status)
-
-        return compare
-
-
-def _ready(run: Any, stop: Any) -> Updates:
-    """The buttons as they are while nothing runs."""
-    import gradio as gr
-
-    return {run: gr.update(interactive=True), stop: gr.update(interactive=False)}
-
-
-def _shown(names: Sequence[str]) -> Any:
-    """A prompt's pictures, by the names of their files."""
-    import gradio as gr
-
-    shown = "".join(markup.medium("image", f"/shown/{name}", "Picture of the prompt") for name in names)
-    return gr.update(value=shown, visible=bool(shown))
 
 
 def _sample_of(entry: Entry) -> tuple[str, str]:
@@ -390,15 +251,3 @@ def _sample_of(entry: Entry) -> tuple[str, str]:
         return str(entry.block.data), told
     except DataError:  # gone, or another one by now
         return "", "This sample cannot be read any more."
-
-
-def clamped(value: Any, least: int, most: int) -> int:
-    """A number of the client's as a whole one within its limits; what is none counts as the least."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) and value == value else least
-    return int(min(max(number, least), most))
-
-
-def label_of(number: int, words: str) -> str:
-    """A prompt in one line of a list, where no two are the same: Gradio takes a choice by its label."""
-    line = " ".join(words.split())
-    return f"{number + 1}. {line if len(line) <= 100 else line[:99] + chr(0x2026)}"

@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from mmpo import media
 from mmpo.demos import cards, compare
-from mmpo.demos.compare import clamped, compare_site, label_of
+from mmpo.demos.asking import clamped, label_of
+from mmpo.demos.compare import compare_site
 from mmpo.demos.systems import Source, open_source
 from mmpo.demos.worker import Event, Worker
 from mmpo.find import names
@@ -98,6 +99,12 @@ def test_held_out_prompts_stop_and_errors(browser: Browser, tmp_path: Path) -> N
         ask(page, "long")
         expect(page.locator("#compare-run")).to_be_disabled()
         status(page, "step")
+        for number, words in enumerate(("", "another one"), 1):  # by the key, as the button is grey
+            page.fill("#compare-prompt textarea", words)
+            with page.expect_response(re.compile("/run/predict")):  # which sets the buttons anew
+                page.press("#compare-prompt textarea", "Shift+Enter")
+            expect(page.get_by_text("Your comparison still runs")).to_have_count(number)
+        expect(page.locator("#compare-run")).to_be_disabled()
         page.click("#compare-stop")
         status(page, "Stopped")
         expect(page.locator("#compare-run")).to_be_enabled()
@@ -174,6 +181,7 @@ def test_a_real_run(browser: Browser, tmp_path: Path, finished_run: Callable[[st
             expect(pictures.first).to_be_visible()
             assert pictures.first.evaluate("image => image.complete && image.naturalWidth") > 0
         ask(page, f"{words} ")
+        expect(page.locator("#compare-run")).to_be_disabled()  # so that the word Done is not the first answer's
         status(page, "Done", 180)
         if modality == "vlm":
             own_pictures(page)
@@ -199,6 +207,7 @@ def own_pictures(page: Page) -> None:
     page.set_input_files(upload, {"name": "second.jpg", "mimeType": "image/jpeg", "buffer": coded(2, kind="JPEG")})
     expect(shown).to_have_count(2)
     ask(page, "Which digit is in Image 1?")
+    expect(page.locator("#compare-run")).to_be_disabled()
     status(page, "Done", 180)
     expect(page.locator(".compare-told:visible")).to_contain_text([re.compile("Log-ratio .* nats")] * 2)
     page.click("#compare-without")
