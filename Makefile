@@ -30,12 +30,20 @@ lint: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
+# Said before, as pip names a full disk only at its end. 7 GB stay; pip keeps what it downloads (3 GB) until then.
+define room
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$${free:-99}" -ge 10 ] || \
+		echo "$$free GB are free here; the installation may need 10 (most of it torch's CUDA libraries)" >&2
+endef
+
 # A stamp file, so that the installation is repeated only when the requirements change.
 $(VENV)/installed: $(BIN)/python $(SETUP)
+	$(room)
 	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(BIN)/python $(SETUP)
+	$(room)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]" --constraint constraints.txt
 	@touch $(VENV)/installed $@
 
