@@ -51,6 +51,8 @@ class Ledger:
     problems: one line per bad row, `file:row N field 'x': expected ..., found ...`, the first 1,000 of them.
     remarks: the same for fields of other rows with which something is odd, and why: rows that are skipped for them, and used
     ones.
+    check: what every pair or candidate of a row has to pass besides its format; it raises BadField. lister: the command that
+    lists all bad rows, for messages.
     """
 
     on_bad: Policy = "refuse"
@@ -62,6 +64,8 @@ class Ledger:
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
+    check: Callable[[Any], None] | None = field(default=None, repr=False)
+    lister: str = "mmpo data validate"
 
     _here: str = field(default="", repr=False)  # the row that is being read
 
@@ -94,7 +98,7 @@ class Ledger:
         message = f"{where} {problem}"
         if self.on_bad == "refuse":
             raise DataError(
-                f"{message} (data.on_bad=skip, or --on-bad skip, counts such rows and goes on; `mmpo data validate` lists them)"
+                f"{message} (data.on_bad=skip, or --on-bad skip, counts such rows and goes on; `{self.lister}` lists them)"
             )
         self.refused[problem.reason] += 1
         self._example(where, problem.reason)
@@ -110,7 +114,7 @@ class Ledger:
         if bad and bad / self.rows > share:
             raise DataError(
                 f"{bad} of {self.rows} rows are bad ({bad / self.rows:.3%}), data.bad_budget allows {share:.3%}; "
-                f"`mmpo data validate` lists them\n{self}"
+                f"`{self.lister}` lists them\n{self}"
             )
 
     def counts(self) -> dict[str, Any]:
@@ -164,6 +168,9 @@ def import_rows(
             if isinstance(row, BadField):
                 raise row
             items = parse(row)
+            if ledger.check is not None:
+                for item in items:
+                    ledger.check(item)
             if own_ids:
                 _claim_id(row, where, places)
         except Skip as reason:

@@ -6,16 +6,16 @@ import dataclasses
 import importlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from mmpo.datasets.ledger import Ledger, Policy
+from mmpo.datasets.ledger import BadField, Ledger, Policy
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.datasets.tables import columns_of, kind_of
 from mmpo.errors import DataError, RecipeError
-from mmpo.find import find, names
-from mmpo.pair import Pair
+from mmpo.find import answers, find, names, prompts
+from mmpo.pair import Block, Pair
 
 ROOM = "datasets.formats"
 
@@ -88,12 +88,14 @@ def load(
     on_bad: Policy = "refuse",
     bad_budget: float = 1.0,
     limit: int | None = None,
+    modality: str | None = None,
     **options: Any,
 ) -> tuple[list[Pair], Ledger]:
     """The pairs of a dataset, and the ledger of its rows.
 
     on_bad: "refuse" raises DataError at the first bad row, "skip" counts bad rows, "quarantine" keeps them in the ledger, too.
     bad_budget: DataError when more than this share of the rows read is bad. limit: stop after so many pairs.
+    modality: rows made of what this modality does not take are bad, too.
     options are those of `pairs`. format: a file of datasets/formats, by default detected. root: the folder that paths in
     rows start from, by default the dataset's own. ties: "drop" counts and leaves them out, "soft" keeps them with label 0.5.
     aspect: of a format with scores by aspect, the one that counts. strategy, margin, seed: how candidates are paired (see
@@ -101,7 +103,7 @@ def load(
     Every image is decoded once, so that a run never meets a damaged one, and kept as the bytes of its file. A pair that
     occurs again gets the id `<id>#2`.
     """
-    ledger = Ledger(on_bad)
+    ledger = ledger_for(modality, on_bad)
     found = list(itertools.islice(pairs(path, ledger, **options), limit))
     ledger.check_budget(bad_budget)
     return found, ledger
@@ -116,12 +118,48 @@ def load_candidates(
     on_bad: Policy = "refuse",
     bad_budget: float = 1.0,
     limit: int | None = None,
+    modality: str | None = None,
 ) -> tuple[dict[str, list[Candidate]], Ledger]:
     """The first `limit` candidates of a file by prompt, scored or not, and the ledger: what judges and `pair_up` start from."""
-    ledger = Ledger(on_bad)
+    ledger = ledger_for(modality, on_bad)
     groups = by_prompt(itertools.islice(rows(path, ledger, format=format, root=root, aspect=aspect), limit))
     ledger.check_budget(bad_budget)
     return groups, ledger
+
+
+def ledger_for(modality: str | None, on_bad: Policy) -> Ledger:
+    """A ledger, for which rows made of what a modality does not take are bad, where one is named."""
+    if modality is None:
+        return Ledger(on_bad)
+    return Ledger(on_bad, check=kinds_of(modality), lister=f"mmpo data validate --modality {modality}")
+
+
+def kinds_of(modality: str) -> Callable[[Pair | Candidate], None]:
+    """A check that prompts and answers are of the kinds that a modality takes; it raises BadField, which names the side.
+
+    Answers of a kind that prompts have as well are turns of the same conversation: whatever prompts have may stand beside it.
+    """
+    asked, told = prompts(modality), answers(modality)
+    beside = asked if told in asked else {told}
+
+    def check(item: Pair | Candidate) -> None:
+        for name, prompt, answer in _branches(item):
+            for field, blocks, allowed in (("prompt", prompt, asked), (name, answer, beside)):
+                found = {b.kind for b in blocks}
+                if not found <= allowed or (field == name and found and told not in found):
+                    expected = f"{' or '.join(sorted(allowed if field != name else {told}))} (modality {modality})"
+                    raise BadField(field, expected, " and ".join(sorted(found)), f"{field} of another modality")
+
+    return check
+
+
+def _branches(item: Pair | Candidate) -> Iterator[tuple[str, tuple[Block, ...], tuple[Block, ...]]]:
+    """Name, prompt and answer of all that gets a likelihood."""
+    if isinstance(item, Candidate):
+        yield "answer", item.prompt, (item.block,)
+        return
+    yield from (("chosen", item.prompt, item.chosen), ("rejected", item.prompt, item.rejected))
+    yield from ((name, branch.prompt, branch.response) for name, branch in item.branches.items())
 
 
 def _scored(candidates: Iterator[Candidate]) -> Iterator[Candidate]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmpo.datasets.ledger import Ledger
-from mmpo.datasets.load import detect, rows
+from mmpo.datasets.load import detect, ledger_for, rows
 from mmpo.datasets.pairing import digest
 from mmpo.errors import DataError
 
@@ -43,12 +43,15 @@ class Report:
         return "\n".join(self.lines())
 
 
-def validate(path: str | Path, format: str | None = None, root: str | Path | None = None) -> Report:
+def validate(
+    path: str | Path, format: str | None = None, root: str | Path | None = None, modality: str | None = None
+) -> Report:
     """Check every row of a dataset: prompts, labels, paths, and that every image decodes. Ties count as skipped rows.
 
-    Never raises for bad data; one row is in memory at a time. Raises RecipeError for a format that does not exist.
+    modality: rows made of what it does not take are bad, too. Never raises for bad data; one row is in memory at a time. Raises
+    RecipeError for a format or modality that does not exist.
     """
-    report = Report(str(path), format)
+    report = Report(str(path), format, ledger_for(modality, "skip"))
     prompts: set[str] = set()
     try:
         report.format = format or detect(path)

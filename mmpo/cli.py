@@ -77,11 +77,16 @@ def train(
 
 
 @data_app.command("validate")
-def data_validate(path: DataPath, format: Format = None, root: Root = None) -> int:
+def data_validate(
+    path: DataPath,
+    format: Format = None,
+    root: Root = None,
+    modality: Annotated[str | None, typer.Option(help="what is to be trained on it: rows that are none of its are bad")] = None,
+) -> int:
     """Read every row and name each bad one; exit 3 if there are any."""
     from mmpo.datasets.validate import validate
 
-    report = validate(path, format, root)
+    report = validate(path, format, root, modality)
     print("\n".join(report.lines()))
     return DATA if report.bad else OK
 

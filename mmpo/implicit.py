@@ -126,7 +126,7 @@ def evaluate(
 
     resolved, modality, start = open_run(run)
     spec = resolved.recipe
-    read, ledger = load(data, format=format, limit=limit, on_bad=on_bad)  # type: ignore[arg-type]
+    read, ledger = load(data, format=format, limit=limit, on_bad=on_bad, modality=spec.modality)  # type: ignore[arg-type]
     whole = [p for p in read if p.chosen and p.rejected]
     pairs, left_out = modality.admit(whole)
     if not pairs:

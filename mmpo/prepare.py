@@ -96,7 +96,10 @@ def _read(
     """The pairs of a file, the prompts it asks, the ledger of its rows, and what pairing dropped."""
     spec = recipe.data
     format = spec.format if path != recipe.eval.shifted else None
-    policy: dict[str, Any] = {"root": spec.root, "aspect": spec.aspect, "on_bad": spec.on_bad, "bad_budget": spec.bad_budget}
+    policy: dict[str, Any] = {
+        "root": spec.root, "aspect": spec.aspect, "on_bad": spec.on_bad, "bad_budget": spec.bad_budget,
+        "modality": recipe.modality,
+    }  # fmt: skip
     if holds_candidates(format := format or detect(path)):
         groups, ledger = load_candidates(path, format=format, limit=limit, **policy)
         pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)

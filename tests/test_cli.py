@@ -19,7 +19,7 @@ from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 SERVED = {"--host", "--port", "--auth-file", "--open"}
 SURFACE = {
     "train": {"words", "--modality", "--set", "--plugin", "--rounds", "--allow-drift"},
-    "data validate": {"path", "--format", "--root"},
+    "data validate": {"path", "--format", "--root", "--modality"},
     "data convert": {"path", "--to", "--out", "--from", "--root", "--ties", "--aspect", "--on-bad"},
     "data audit": {"path", "--format", "--against", "--model", "--model-pairs", "--ties", "--aspect", "--limit", "--json"},
     "sample": {"run", "--prompt", "--out", "--seed"},
@@ -231,13 +231,12 @@ def test_plugins_are_allowed_by_the_command_line_only(recipe: str, monkeypatch: 
     assert cli.main(["config", "validate", recipe, "--plugin", "mmpo.losses.ipo"]) == 0
 
 
-def test_bad_rows_exit_with_3(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    report = types.SimpleNamespace(bad=1, lines=lambda: ["rows.csv:3 prompt: empty"])
-    validate = types.ModuleType("mmpo.datasets.validate")
-    validate.validate = lambda path, format, root: report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mmpo.datasets.validate", validate)
-    assert cli.main(["data", "validate", "rows.csv"]) == 3
-    assert capsys.readouterr().out == "rows.csv:3 prompt: empty\n"
+def test_bad_rows_exit_with_3(tmp_path: Path, capsys: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert cli.main(["data", "validate", str(rows)]) == cli.main(["data", "validate", str(rows), "--modality", "text"]) == 0
+    assert cli.main(["data", "validate", str(rows), "--modality", "diffusion"]) == 3
+    assert "rows.jsonl:line 1 field 'chosen': expected image (modality diffusion), found text" in capsys.readouterr().out
 
 
 def test_nothing_heavy_is_imported() -> None:

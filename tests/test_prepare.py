@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpo.datasets.formats.candidates import write_candidates
+from mmpo.datasets.ledger import BadField
+from mmpo.datasets.load import kinds_of
 from mmpo.datasets.pairing import Candidate
+from mmpo.datasets.validate import validate
 from mmpo.errors import DataError
 from mmpo.judging import JudgeResult
-from mmpo.pair import image, text
+from mmpo.pair import Block, Branch, Pair, image, text
 from mmpo.prepare import Prepared, is_heldout, pair_candidates, prepare
 from mmpo.schema import Recipe
 
@@ -29,10 +32,61 @@ def candidates(prompts: int = 40, scores: tuple[float | None, ...] = (0.0, 1.0, 
     return [Candidate((text(f"prompt {p}"),), picture(3 * p + k), scores[k], k) for p, k in pairs]
 
 
-def recipe(path: Path, **data: Any) -> Recipe:
+TEXT, PICTURE, CLIP = text("a"), image(np.zeros((4, 4, 3), np.uint8)), Block("video", b"")
+
+
+@pytest.mark.parametrize(
+    ("modality", "prompt", "answer", "field"),
+    [
+        ("text", (TEXT,), (TEXT,), None),
+        ("text", (TEXT,), (PICTURE,), "chosen"),
+        ("text", (TEXT, PICTURE), (TEXT,), "prompt"),
+        ("vlm", (PICTURE, TEXT), (TEXT, PICTURE), None),
+        ("vlm", (TEXT,), (PICTURE,), "chosen"),
+        ("vlm", (CLIP, TEXT), (TEXT,), "prompt"),
+        ("diffusion", (TEXT,), (PICTURE,), None),
+        ("diffusion", (TEXT,), (TEXT,), "chosen"),
+        ("diffusion", (TEXT,), (TEXT, PICTURE), "chosen"),
+        ("diffusion", (PICTURE,), (PICTURE,), "prompt"),
+    ],
+)
+def test_rows_of_another_modality_are_bad_rows(
+    modality: str, prompt: tuple[Block, ...], answer: tuple[Block, ...], field: str | None
+) -> None:
+    """By side, and in a branch as in the pair. A pair of one side has nothing wrong with the other."""
+    check = kinds_of(modality)
+    for pair in (Pair("i", prompt, answer), Pair("i", (TEXT,), branches={"chosen": Branch(prompt, answer)})):
+        if field is None:
+            check(pair)
+        else:
+            with pytest.raises(BadField, match=f"field '{field}': expected .*modality {modality}"):
+                check(pair)
+
+
+def test_candidates_of_another_modality_are_bad_rows() -> None:
+    kinds_of("diffusion")(Candidate((TEXT,), PICTURE))
+    with pytest.raises(BadField, match="field 'answer': expected image"):
+        kinds_of("diffusion")(Candidate((TEXT,), TEXT))
+
+
+def test_a_run_names_the_row_that_is_of_another_modality(path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows.parquet:row 0 field 'answer': expected text \(modality text\), found image"):
+        prepare(recipe(path, "text"), "", None)
+
+
+def test_validation_for_a_modality_lists_them_all(path: Path) -> None:
+    assert validate(path).bad == 0
+    report = validate(path, modality="text")
+    assert (report.bad, report.pairs) == (120, 0)
+    assert report.ledger.refused == {"answer of another modality": 120}
+
+
+def recipe(path: Path, modality: str = "diffusion", **data: Any) -> Recipe:
     pairing = data.pop("pairing", {"strategy": "all"})
     given = {"path": str(path), "heldout": 0.3, "pairing": pairing, **data}
-    return Recipe.model_validate({"data": given, "eval": {"prompts": 3, "test_prompts": 4, "pairs": 1000}})
+    return Recipe.model_validate(
+        {"modality": modality, "data": given, "eval": {"prompts": 3, "test_prompts": 4, "pairs": 1000}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +166,7 @@ def test_prompts_of_one_question_about_different_images_are_different(tmp_path: 
     shades = [image(np.full((2, 2, 3), shade, np.uint8)) for shade in range(30)]
     rows = [Candidate((b, text("Which shade?")), text(w), s) for b in shades for w, s in (("dark", 1.0), ("light", 0.0))]
     write_candidates(rows, tmp_path / "c.parquet")
-    data = prepare(recipe(tmp_path / "c.parquet", heldout=0.2), "elsewhere", None)
+    data = prepare(recipe(tmp_path / "c.parquet", "vlm", heldout=0.2), "elsewhere", None)
     assert len(data.train_prompts) == len(data.train) and len(data.heldout) == 30 - len(data.train)
     assert len(data.select) + len(data.test) == len(data.heldout) > 2
     assert {p[0].digest for p in data.select + data.test}.isdisjoint({p.prompt[0].digest for p in data.train})
