@@ -126,9 +126,10 @@ def serve(world: str, seed: int, words: Sequence[str], runs: int, low: float, hi
 
 
 def saved_step(run: Path) -> int | None:
-    """The step that the newest committed checkpoint is of."""
+    """The step of the checkpoint to go on from: the committed one, or the first, whole but killed before it was committed."""
     pointer = run / "checkpoints" / "CURRENT"
-    return int(pointer.read_text()[5:11]) if pointer.exists() else None
+    names = [pointer.read_text()] if pointer.exists() else [path.name for path in pointer.parent.glob("step-*")]
+    return int(names[0][5:11]) if names else None
 
 
 def fork(work: Callable[[], int], said: Path, kill_after: float | None = None) -> int:
