@@ -32,7 +32,7 @@ from mmpo.finish import finish
 from mmpo.judging import Judge
 from mmpo.lock import RunLock
 from mmpo.masking import masked
-from mmpo.objective import SLOTS, Objective, make_term
+from mmpo.objective import SLOTS, Objective, Result, make_term
 from mmpo.pair import Pair
 from mmpo.prepare import Prepared, keep_account, prepare
 from mmpo.progress import Run, record, say
@@ -288,7 +288,8 @@ def _admitted(data: Prepared, modality: Any) -> Prepared:
     shifted, others = modality.admit(data.shifted)
     counts = {n: counts.get(n, 0) + more.get(n, 0) + others.get(n, 0) for n in {**counts, **more, **others}}
     if not train:
-        raise DataError(f"{data.account['source']}: no pairs to train on ({counts})")
+        told = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none left out"
+        raise DataError(f"{data.account['source']}: no pairs to train on ({told})")
     return replace(data, train=train, heldout=heldout, shifted=shifted, account=data.account | {"limits": counts})
 
 
@@ -358,28 +359,27 @@ def _begin(run: Run, data: Prepared) -> None:
 
 
 def self_check(run: Run) -> None:
-    """Before the first step: with the reference at the start, every margin is exactly 0 and DPO's loss is log 2.
+    """Before the first step: with the reference at the start, every log-ratio is exactly 0, and so is every margin of DPO.
 
     Anything else means that policy and reference are not the same function at the start (dropout, precision, a wrong
-    reference), and the run is refused. Prints what beta means and the loss to expect.
+    reference), and the run is refused. Prints what beta means and the loss, which is log 2 for DPO.
     """
     with torch.no_grad():
         result, _, pairs = forward(run, 0, 0)
-        margin = result.metrics.get("rewards/margins")
-        if margin is not None and bool(margin.any()) and isinstance(run.reference, Cached):
+        if _ratios(result).any() and isinstance(run.reference, Cached):
             # another run had these rows in other batches, which moves their last bits
             result, _, pairs = forward(replace(run, reference=run.reference.inner), 0, 0)
-            margin = result.metrics["rewards/margins"]
+        ratios = _ratios(result)
     for term in run.objective.terms:
-        if term.beta is not None:
+        if term.beta is not None and "ref" in term.needs:
             say(run, f"  {term.name}: {run.modality.describe(term.beta)}")
     same = run.recipe.reference.kind in ("start", "adapter_off", "ema") and not (
         run.recipe.reference.kind == "adapter_off" and run.modality.starts_from_adapter
     )
-    if margin is not None and same and not bool((margin == 0).all()):
-        worst = int(margin.abs().argmax())
+    if same and not bool((ratios == 0).all()):
+        worst = int(ratios.argmax())
         raise RunFailed(
-            f"policy and reference differ before the first step: reward margin {float(margin[worst]):.3g} on pair "
+            f"policy and reference differ before the first step: log-ratio {float(ratios[worst]):.3g} on pair "
             f"{pairs[worst].id}, expected exactly 0. Look for dropout, a changed precision, or an adapter that the reference "
             "lacks"
         )
@@ -387,10 +387,16 @@ def self_check(run: Run) -> None:
         raise RunFailed(
             f"the loss of pair {pairs[int((~result.loss.isfinite()).nonzero()[0])].id} is not finite before the first step"
         )
-    checked = "margin exactly 0, " if margin is not None and same else ""
+    checked = "every log-ratio exactly 0, " if len(ratios) and same else ""
     parts = {k.removeprefix("loss/"): float(v.mean()) for k, v in result.metrics.items() if k.startswith("loss/")}
     told = f" ({', '.join(f'{name} {value:.6f}' for name, value in parts.items())})" if parts else ""
     say(run, f"  self-check: {checked}loss {float(result.loss.mean()):.6f}{told} before the first step")
+
+
+def _ratios(result: Result) -> Tensor:
+    """The largest log-ratio of policy and reference over each pair's branches, in nats; empty without a reference."""
+    found = [v.abs() for name, v in result.metrics.items() if name.startswith("displacement/")]
+    return torch.stack(found).amax(0) if found else torch.empty(0)
 
 
 def _rounds(run: Run, data: Prepared) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from mmpo.checkpoint import write_atomic
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, holds_candidates, load, load_candidates
-from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
+from mmpo.datasets.pairing import Candidate, by_prompt, digest, pair_up
 from mmpo.errors import DataError
 from mmpo.judging import Judge
 from mmpo.pair import Block, Pair
@@ -51,16 +51,18 @@ class Prepared:
 def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     """Read, judge, pair and split. Raises DataError when nothing is left to train on.
 
-    Held-out prompts are those of all candidates, also where no two of a prompt's could be told apart.
+    Held-out prompts are those of all candidates, also where no two of a prompt's could be told apart. Pairs of one group, such
+    as the collages that were made of one image, are all held out or all trained on.
     """
     spec, path = recipe.data, _located(recipe.data.path, embedded)
     pairs, asked, ledger, dropped = _read(recipe, path, judge, spec.limit)
-    train = [p for p in pairs if not is_heldout(p.prompt, spec.heldout)]
-    heldout = sorted((p for p in pairs if is_heldout(p.prompt, spec.heldout)), key=lambda p: _hash(p.id))
+    out = _held_out(pairs, asked, spec.heldout)
+    train = [p for p in pairs if digest(*p.prompt) not in out]
+    heldout = sorted((p for p in pairs if digest(*p.prompt) in out), key=lambda p: _hash(p.id))
     if not train:
         found = f"{len(pairs)} pairs, data.heldout {spec.heldout}; dropped: {dropped or 'none'}"
         raise DataError(f"{path}: no pairs to train on ({found})\n{ledger}")
-    kept_out = {_question(prompt): prompt for prompt in asked if is_heldout(prompt, spec.heldout)}
+    kept_out = {_question(prompt): prompt for prompt in asked if digest(*prompt) in out}
     prompts = sorted(kept_out.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
     account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs), "heldout": len(heldout)}
@@ -218,9 +220,25 @@ def pair_candidates(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | No
     return pairs, dropped
 
 
+def _held_out(pairs: Sequence[Pair], asked: Sequence[Prompt], share: float) -> set[str]:
+    """The digests of the prompts that are held out: by their own hash, or by that of the first group that they stand in."""
+    groups: dict[str, str] = {}
+    for pair in pairs:
+        name = digest(*pair.prompt)
+        if pair.group not in (None, name):
+            groups[name] = min(groups.get(name, pair.group), pair.group)
+    found = {digest(*prompt): prompt for prompt in asked}
+    return {n for n, p in found.items() if (_below(groups[n], share) if n in groups else is_heldout(p, share))}
+
+
 def is_heldout(prompt: Prompt, share: float) -> bool:
     """Whether a prompt is held out: a function of its content, so the split survives new rows and other orders."""
-    return int(_hash("\0".join(b.digest for b in prompt))[:12], 16) / 16**12 < share
+    return _below("\0".join(b.digest for b in prompt), share)
+
+
+def _below(value: str, share: float) -> bool:
+    """True for this share of all values, by their hash."""
+    return int(_hash(value)[:12], 16) / 16**12 < share
 
 
 def _hash(value: str) -> str:

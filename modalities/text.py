@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from mmpo import packaged, planner
 from mmpo.cache import Cache, digest_module, key
+from mmpo.errors import RecipeError
 from mmpo.evaluate import Samples
 from mmpo.kernels import token_stats
 from mmpo.kernels.prefix import Segments, causal, forward_hidden, forward_padded, pack, why_not
@@ -105,6 +106,8 @@ class Adapter:
         model = self._load(self._path, self._dtype, config.quantize)
         self._context = text_model.context_of(model)
         self.turns = self._reader(model, cache)
+        if prompt_dropout:
+            self._check_dropped_prompts()
         room = config.sample.max_new_tokens if self._context is None else self._context // 2
         self._sampling = config.sample.model_copy(update={"max_new_tokens": min(config.sample.max_new_tokens, room)})
         self.is_embedded = config.path == "embedded"
@@ -122,6 +125,16 @@ class Adapter:
         self._tiling: token_stats.Tiling | None = None
         self.layout: str = "shared" if config.layout == "auto" else config.layout
         self.layout = self._possible(0)
+
+    def _check_dropped_prompts(self) -> None:
+        """Raise RecipeError where an answer without its prompt would have nothing before it."""
+        try:
+            self.turns.prompt(())
+        except Unusable as error:
+            raise RecipeError(
+                "data.prompt_dropout: this model's tokenizer puts no token before a text, so an answer whose prompt is dropped "
+                "would have nothing to be conditioned on; expected 0"
+            ) from error
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -354,7 +367,7 @@ class Adapter:
 
     def describe(self, beta: float) -> str:
         end = "with" if self.turns.end is not None and self.config.end_of_turn == "supervise" else "without"
-        return f"beta {beta:g} per nat of the answer's log-ratio, summed over its tokens, {end} the one that ends the turn"
+        return f"beta {beta:g} per nat of the answer's log-ratio, {end} the token that ends the turn"
 
     def dummy(self) -> list[Pair]:
         sums = [("12+34=", "46", "47"), ("50+25=", "75", "705")]

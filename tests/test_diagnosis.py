@@ -58,6 +58,14 @@ def test_over_optimisation(last: dict[str, Any], raised: bool) -> None:
     assert flags([START, judged(0, 0.6, 0.5), judged(10, 0.7, 0.8), last]) == ["over_optimisation"] * raised
 
 
+def test_over_optimisation_names_weights_that_are_there() -> None:
+    """The best of the steps is under best/; the base never is."""
+    (flag,) = diagnose([START, judged(0, 0.6, 0.5), judged(10, 0.7, 0.8), judged(20, 0.5, 0.9)])
+    assert "keep the checkpoint of step 10 (it is under best/)" in flag.advice
+    (flag,) = diagnose([START, judged(0, 0.7, 0.5), judged(10, 0.6, 0.8), judged(20, 0.5, 0.9)])
+    assert "keep the base" in flag.advice and "best/" not in flag.advice
+
+
 def test_a_fall_from_a_base_that_was_never_passed_counts_from_half_a_hundredth_on() -> None:
     records = [START, judged(0, 0.6, 0.5), judged(10, 0.59, 0.6)]
     assert flags([*records, judged(20, 0.594, 0.7)]) == ["over_optimisation"]

@@ -88,10 +88,10 @@ def test_the_self_check_refuses_a_policy_that_is_not_its_reference(tmp_path: Pat
     run = line_run(tmp_path)
     run.modality.describe = lambda beta: f"beta {beta}"  # type: ignore[method-assign]
     launch.self_check(run)
-    assert "margin exactly 0, loss 0.693147" in capsys.readouterr().out
+    assert "every log-ratio exactly 0, loss 0.693147" in capsys.readouterr().out
     with torch.no_grad():
         next(run.model.parameters()).mul_(1 + 1e-5)
-    with pytest.raises(RunFailed, match=r"differ before the first step: reward margin .* on pair \d+, expected exactly 0"):
+    with pytest.raises(RunFailed, match=r"differ before the first step: log-ratio .* on pair \d+, expected exactly 0"):
         launch.self_check(run)
     bad = line_pairs(24)
     bad[3] = line_pairs(4, weight=float("nan"))[3]
@@ -100,6 +100,20 @@ def test_the_self_check_refuses_a_policy_that_is_not_its_reference(tmp_path: Pat
     with pytest.raises(RunFailed, match="the loss of pair 3 is not finite before the first step"):
         launch.self_check(run)
     assert read(run.log.path) == []
+
+
+@pytest.mark.parametrize("terms", [("simpo",), ("simpo", "dpo"), ("dpo", "simpo")])
+def test_losses_without_a_reference_start_with_margins_of_their_own(
+    tmp_path: Path, terms: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In any order: only log-ratios have to be 0, not what a loss that reads no reference calls a reward."""
+    run = line_run(tmp_path)
+    run.modality.describe = lambda beta: f"beta {beta}"  # type: ignore[method-assign]
+    run = replace(run, objective=Objective([make_term(name, beta=1.0) for name in terms]))
+    launch.self_check(run)
+    told = capsys.readouterr().out
+    assert "every log-ratio exactly 0" in told
+    assert ("dpo: beta" in told) == ("dpo" in terms) and "simpo: beta" not in told
 
 
 def test_unpaired_rows_need_an_unpaired_loss() -> None:

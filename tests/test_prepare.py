@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmpo.datasets.formats.candidates import write_candidates
+from mmpo.datasets.formats.mmpo import write_mmpo
 from mmpo.datasets.ledger import BadField
 from mmpo.datasets.load import kinds_of
 from mmpo.datasets.pairing import Candidate
@@ -67,6 +68,23 @@ def test_candidates_of_another_modality_are_bad_rows() -> None:
     kinds_of("diffusion")(Candidate((TEXT,), PICTURE))
     with pytest.raises(BadField, match="field 'answer': expected image"):
         kinds_of("diffusion")(Candidate((TEXT,), TEXT))
+
+
+def test_pairs_of_one_group_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    """Three questions about each image, by different prompts, and one prompt that two groups share."""
+    made = [
+        Pair(f"{i}-{k}", (text(f"question {k} about image {i}"),), (text("yes"),), (text("no"),), group=f"image {i}")
+        for i in range(60)
+        for k in range(3)
+    ]
+    shared = [Pair(f"shared-{i}", (text("the same"),), (text("a"),), (text(f"b{i}"),), group=f"image {i}") for i in (50, 51)]
+    write_mmpo([*made, *shared], tmp_path / "pairs")
+    data = prepare(recipe(tmp_path / "pairs", "text", heldout=0.3), "", None)
+    sides = [{p.group for p in part if not p.id.startswith("shared")} for part in (data.train, data.heldout)]
+    assert sides[0] | sides[1] == {f"image {i}" for i in range(60)} and not sides[0] & sides[1]
+    assert 8 < len(sides[1]) < 30
+    assert not {p.caption for p in data.train} & {p.caption for p in data.heldout}
+    assert {p[0].data for p in data.select + data.test} <= {p.caption for p in data.heldout}
 
 
 def test_a_run_names_the_row_that_is_of_another_modality(path: Path) -> None:

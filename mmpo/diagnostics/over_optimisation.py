@@ -31,7 +31,12 @@ def over_optimisation(records: Sequence[Record]) -> Flag | None:
         f"{best['eval/judge']:.3f} to {last['eval/judge']:.3f}, while accuracy on held-out pairs went from "
         f"{best['eval/pair_accuracy']:.3f} to {last['eval/pair_accuracy']:.3f}: "
         "the policy is fitting the pairs beyond what they say about samples",
-        f"keep the checkpoint of step {best['step']} (it is under best/); then fewer steps, a larger beta, a smaller lr, "
+        f"{_keep(best['step'])} then fewer steps, a larger beta, a smaller lr, "
         "an anchor (- {loss: nll, of: chosen, weight: 1.0}, err_anchor for denoisers), or fresh pairs of the policy's own "
         "samples (--rounds 2)",
     )
+
+
+def _keep(step: int) -> str:
+    """The base has no checkpoint of its own: best/ holds the best of the steps that were taken."""
+    return f"keep the checkpoint of step {step} (it is under best/);" if step else "keep the base, as no step improved on it;"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmpo import launch
 from mmpo import reference as references
-from mmpo.errors import DataError, MissingExtra
+from mmpo.errors import DataError, MissingExtra, RecipeError
 from mmpo.evaluate import Samples
 from mmpo.find import names
 from mmpo.modalities import text_model, text_sample
@@ -48,6 +48,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         return made[name]
 
     return get
+
+
+def test_prompts_are_dropped_only_where_a_token_stands_before_them(checkpoint: Checkpoint) -> None:
+    """Otherwise it is an error of the setting, and not of every row."""
+    with pytest.raises(RecipeError, match=r"data\.prompt_dropout: this model's tokenizer puts no token before a text"):
+        adapter(checkpoint(template="none"), dropout=0.5)
+    for kept in (checkpoint(template="none", bos=True), checkpoint(template="chatml")):
+        ours = adapter(kept, dropout=0.5)
+        assert ours.admit(make_pairs())[0] == make_pairs()
 
 
 def perturb(model: nn.Module, scale: float = 0.2) -> nn.Module:
