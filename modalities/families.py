@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmpo.modalities.family_calls import FAMILIES, Conditions, Family, call_default
 from mmpo.modalities.noise import NoiseProcess
 from mmpo.modalities.quiet import quietly
-from mmpo.weights import loading
+from mmpo.weights import CLOSED, check_place, loading
 
 Generators = torch.Generator | list[torch.Generator] | None
 LIBRARIES = {None, "diffusers", "transformers", "stable_diffusion"}
@@ -323,11 +323,12 @@ def _model_index(path: str, allow_download: bool) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError(f"{path}: has no model_index.json; expected a directory written by a diffusers pipeline")
     else:
+        check_place(path)
         try:
             file = Path(hf_hub_download(path, "model_index.json", local_files_only=not allow_download))
         except Exception as error:  # the hub client raises a dozen unrelated types: bad id, offline, gated, not found
-            hint = "" if allow_download else "; it is no directory, and downloads are off"
-            raise ValueError(f"{path}: no diffusers checkpoint found there{hint} ({type(error).__name__})") from error
+            reason = type(error).__name__ if allow_download else CLOSED
+            raise ValueError(f"{path}: expected a diffusers checkpoint; {reason}") from error
     index = json.loads(file.read_text())
     for part, source in index.items():
         if isinstance(source, list) and source[0] not in LIBRARIES:

@@ -20,7 +20,7 @@ from mmpo.kernels.prefix import causal, forward_padded, pack
 from mmpo.kernels.token_stats import Head
 from mmpo.modalities.quiet import quietly
 from mmpo.modalities.text_trunk import layers_of
-from mmpo.weights import loading
+from mmpo.weights import check_place, loading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +35,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": not allow_download}
     if quantize != "none":
         options["quantization_config"] = _quantization(quantize, dtype)
+    check_place(path)
     kind = "causal " if auto == "AutoModelForCausalLM" else "vision-"
     with loading(path, f"a {kind}language model as safetensors"), quietly(downloads=allow_download):
         return getattr(transformers, auto).from_pretrained(path, trust_remote_code=False, **options).eval()

@@ -22,7 +22,7 @@ from mmpo import reference as references
 from mmpo.errors import DataError, MissingExtra, RecipeError
 from mmpo.evaluate import Samples
 from mmpo.find import names
-from mmpo.modalities import text_model, text_sample
+from mmpo.modalities import families, text_model, text_sample
 from mmpo.modalities.text import Adapter, Batch
 from mmpo.modalities.text_config import ModelConfig, SampleConfig
 from mmpo.modality import DrawKey
@@ -394,6 +394,23 @@ def test_an_adapter_goes_on_where_it_was_saved(checkpoint: Checkpoint, tmp_path:
         adapter(checkpoint(), lora={"rank": 3, "alpha": 2.0, "path": str(tmp_path)})
     with pytest.raises(ValueError, match="expected a directory with adapter_model.safetensors"):
         adapter(checkpoint(), lora={"path": str(checkpoint())})
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/nowhere", "/nowhere: no such folder"),
+        ("../nowhere", "no such folder"),
+        ("a/b/c", "no such folder"),
+        (__file__, "expected a folder, found a file"),
+        ("nobody/nothing", "of hub ids only those in the local cache are read; allow_download: true"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_in_our_words(path: str, told: str) -> None:
+    for load in (lambda: text_model.load_model(path, torch.float32), lambda: families.load(path)):
+        with pytest.raises(ValueError, match=re.escape(told)) as caught:
+            load()
+        assert "http" not in str(caught.value) and "Repo id" not in str(caught.value)
 
 
 def test_weights_that_could_run_code_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
