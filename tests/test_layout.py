@@ -31,6 +31,18 @@ VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manage
 MEANT = {"datasets/tools.py"}  # not a box of odds and ends: it says what the Tools are that builders are given
 
 
+LONGEST = 60  # lines of a function's body; the words for its parameters come on top
+
+
+def test_functions_are_short() -> None:
+    for path in CODE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                start = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0].lineno
+                length = (node.end_lineno or 0) - start + 1
+                assert length <= LONGEST, f"{path.relative_to(ROOT)}: the body of {node.name} has {length} lines"
+
+
 def test_bare_datasets_is_hugging_face() -> None:
     code = "import datasets; print(datasets.__file__)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
