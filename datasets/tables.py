@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,15 +23,14 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmpo.datasets.json_rows import list_items, parsed
 from mmpo.datasets.ledger import BadField, Row, TextRow
 from mmpo.errors import DataError
 
 BATCH = 64  # rows of parquet in memory at once: a row of Pick-a-Pic is about a megabyte
 MAX_LINE = 8 * 2**20  # bytes of a line of JSON, characters of a line of CSV
-MAX_DEPTH = 64  # of nested lists and objects in a line of JSON
 MAX_RECORD = 100  # lines of a CSV record, and how far ahead the end of a quotation is looked for
 SAMPLE = 100  # rows that tell a table's columns: the first alone may be a damaged one
-TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 Located = tuple[str, Row | BadField]
 
 csv.field_size_limit(MAX_LINE)  # the library's own limit is 128 KiB, for the whole process
@@ -159,15 +157,13 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def json_rows(path: Path) -> Iterator[Located]:
-    """The objects of one JSON list."""
+    """The objects of one JSON list; a bad one is a row of its own. Raises DataError where the list itself is broken."""
     try:
-        items = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        items = list(list_items(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(items, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found {type(items).__name__}")
     for number, item in enumerate(items):
-        yield f"{path.name}:row {number}", _object(item)
+        yield f"{path.name}:row {number}", parsed(item, "(row)")
 
 
 def jsonl_rows(path: Path) -> Iterator[Located]:
@@ -177,46 +173,7 @@ def jsonl_rows(path: Path) -> Iterator[Located]:
             if line is None:
                 yield f"{path.name}:line {number}", _too_long("(line)")
             elif line.strip():
-                yield f"{path.name}:line {number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> Row | BadField:
-    try:
-        written = line.decode("utf-8-sig")
-        if (found := _depth(written)) > MAX_DEPTH:
-            raise BadField("(line)", f"JSON at most {MAX_DEPTH} deep", f"{found}", "nested too deep")
-        return _object(json.loads(written, object_pairs_hook=_unique))
-    except UnicodeDecodeError as error:
-        problem = BadField("(line)", "text in UTF-8", str(error)[:200], "bad UTF-8")
-    except ValueError as error:
-        problem = BadField("(line)", "a JSON object", f"{type(error).__name__}: {error}"[:200], "bad JSON")
-    except BadField as error:
-        problem = error
-    problem.raw = line
-    return problem
-
-
-def _depth(written: str) -> int:
-    """How deep lists and objects are nested; 0 without counting where they cannot be too deep."""
-    if written.count("[") + written.count("{") <= MAX_DEPTH:
-        return 0
-    depth = deepest = 0
-    for token in TOKENS.findall(written):  # strings are tokens, so that brackets inside them do not count
-        depth += (token in ("[", "{")) - (token in ("]", "}"))
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        twice = next(key for i, (key, _) in enumerate(items) if any(key == other for other, _ in items[:i]))
-        raise BadField("(line)", "each key once", f"{twice[:60]!r} again", "repeated key")
-    return found
-
-
-def _object(item: Any) -> Row | BadField:
-    return item if isinstance(item, dict) else BadField("(row)", "a JSON object", type(item).__name__, "not an object")
+                yield f"{path.name}:line {number}", parsed(line)
 
 
 def csv_header(path: Path) -> list[str]:
