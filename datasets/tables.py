@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,9 @@ BATCH = 64  # rows of parquet in memory at once: a row of Pick-a-Pic is about a 
 MAX_LINE = 8 * 2**20  # bytes of a line of JSON, characters of a line of CSV
 MAX_RECORD = 100  # lines of a CSV record, and how far ahead the end of a quotation is looked for
 SAMPLE = 100  # rows that tell a table's columns: the first alone may be a damaged one
+NAMED = 8  # files of a folder in a message
+SPLITS = {name: name for name in ("train", "test", "validation", "dev", "eval")}
+SPLITS |= {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "evaluation": "eval"}
 Located = tuple[str, Row | BadField]
 
 csv.field_size_limit(MAX_LINE)  # the library's own limit is 128 KiB, for the whole process
@@ -118,8 +122,44 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Locate
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or all *.parquet of a folder and its sub-folders, sorted."""
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*.parquet") if p.is_file())
+    """The file itself, or all *.parquet of a folder and its sub-folders, sorted, without those that are hidden.
+
+    Raises DataError where names of several splits stand side by side: read as one, they are training on the test split.
+    """
+    if path.is_file():
+        return [path]
+    found = _parquets(path, hidden=False)
+    splits = {split: part for part in reversed(found) if (split := _split(part.relative_to(path)))}
+    if len(splits) > 1:
+        named = ", ".join(f"{split} ({splits[split].relative_to(path).as_posix()})" for split in sorted(splits))
+        raise DataError(f"{path}: parquet files of {len(splits)} splits: {named}; name one file, or a folder of one split")
+    return found
+
+
+def _parquets(path: Path, hidden: bool) -> list[Path]:
+    """A folder's parquet files that are hidden, or those that are not: a dot means being written, or left over."""
+    found = (p for p in path.rglob("*.parquet") if p.is_file())
+    return sorted(p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts) == hidden)
+
+
+def _split(name: Path) -> str | None:
+    """The split that a file's name, or else its innermost folder's, says it is of: train of train_sft-0.parquet."""
+    words = (word for part in reversed(name.with_suffix("").parts) for word in re.split("[^a-z]+", part.lower()))
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def files_told(path: Path) -> list[str]:
+    """What is read of a folder of parquet, and what is not, to print; nothing of any other path."""
+    if not path.is_dir() or not (found := parquet_files(path)):
+        return []
+    told = [f"{path}: reads {len(found)} parquet file{'s' * (len(found) > 1)}: {_listed(found, path)}"]
+    hidden = _parquets(path, hidden=True)
+    return told + ([f"{path}: leaves out {len(hidden)} with a hidden name: {_listed(hidden, path)}"] if hidden else [])
+
+
+def _listed(files: Sequence[Path], folder: Path) -> str:
+    names = [p.relative_to(folder).as_posix() for p in files]
+    return ", ".join(names if len(names) <= NAMED else [*names[: NAMED - 1], "...", names[-1]])
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Located]:

@@ -143,6 +143,27 @@ def test_folder_of_parquets_and_paths_in_cells(tmp_path: Path) -> None:
     assert [p.caption for p in pairs] == ["c0", "c1"] and pairs[0].rejected[0].path == "a.png"
 
 
+def test_splits_side_by_side_are_refused_and_hidden_files_left_out(tmp_path: Path) -> None:
+    """Read as one table, the test split would train."""
+    data, table = tmp_path / "data", pa.Table.from_pylist([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    data.mkdir()
+    for name in ("train_sft-00000-of-00002", "train_sft-00001-of-00002", ".tmp-123"):
+        pq.write_table(table, data / f"{name}.parquet")
+    assert len(load(tmp_path)[0]) == 2
+    told = validate(tmp_path).lines()
+    files = "data/train_sft-00000-of-00002.parquet, data/train_sft-00001-of-00002.parquet"
+    assert f"{tmp_path}: reads 2 parquet files: {files}" in told
+    assert f"{tmp_path}: leaves out 1 with a hidden name: data/.tmp-123.parquet" in told
+    for other in ("data/test-00000-of-00001", "validation/0000", "dev"):
+        path = tmp_path / f"{other}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, path)
+        with pytest.raises(DataError, match=rf"2 splits: .*{other}.parquet.*; name one file, or a folder of one split"):
+            load(tmp_path)
+        assert len(load(path)[0]) == 1
+        path.unlink()
+
+
 def photo_pairs(photos: dict[str, np.ndarray]) -> list[Pair]:
     rows = []
     for i, (caption, photo) in enumerate(photos.items()):
