@@ -48,11 +48,16 @@ def find(room: str, name: str) -> Any:
     """
     if ":" in name:
         return _plugin(name)
+    require(room, name)
+    module = importlib.import_module(f"mmpo.{room}.{name}")
+    return getattr(module, "Adapter" if room == "modalities" else name)
+
+
+def require(room: str, name: str) -> None:
+    """Raises RecipeError, as `find` does, for a name that a room does not offer; imports nothing."""
     offered = names(room)
     if name not in offered:
         raise RecipeError(f"no '{name}' in {room} (there are: {', '.join(offered) or 'none'}){nearest(name, offered)}")
-    module = importlib.import_module(f"mmpo.{room}.{name}")
-    return getattr(module, "Adapter" if room == "modalities" else name)
 
 
 def model_config(modality: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from mmpo import masking, yaml_source
+from mmpo import masking, signatures, yaml_source
 from mmpo.errors import RecipeError
 from mmpo.find import find, nearest
 from mmpo.masking import masked
@@ -54,7 +54,8 @@ def load(
     """The recipe of a file or of a bare name in mmpo's configs; with only a modality, that modality's default recipe.
 
     overrides: `key=value` strings with dotted keys, list items by number (`objective.0.beta=0.2`), values in YAML.
-    losses: check the objective's losses as well (see `check_objective`), and report their errors with all the others.
+    losses: check the objective's losses (see `check_objective`) and the judge as well, and report their errors with all the
+    others.
     Raises RecipeError.
     """
     name = modality if path is None else str(path)
@@ -81,6 +82,7 @@ def load(
         layers.problems += _describe(error, schema, layers.marks)
     if losses:
         layers.problems += _objective_problems(layers.data.get("objective", []), layers.marks)
+        layers.problems += _judge_problems(layers.data.get("judge"), layers.marks)
     if layers.problems:
         raise RecipeError(layers.problems)
     return Resolved(recipe, layers.marks)
@@ -150,6 +152,27 @@ def _loss_schema(loss: Any) -> type[Section]:
         fields["beta"] = (Annotated[kind, Field(gt=0)], default)
         fields["beta_dpo"] = (Annotated[float, Field(gt=0)] | None, None)
     return create_model(loss.__name__, __base__=Section, **fields)
+
+
+def _judge_problems(judge: Any, marks: Marks) -> list[str]:
+    """What is wrong with a judge's name and options, by the signature in its file, which imports nothing."""
+    judge = judge if isinstance(judge, dict) else {}
+    name, given = judge.get("name"), judge.get("options", {})
+    if not isinstance(name, str) or not isinstance(given, dict):
+        return []  # the modality's own judge, or a problem that the schema tells
+    try:
+        known = signatures.options("judges", name, without=frozenset({"path", "device"}))
+    except RecipeError as error:
+        return [_line(marks, ("judge", "name"), p) for p in error.problems]
+    if known is None:
+        return []
+    fields: dict[str, Any] = {option: (p.kind, p.default) for option, p in known.items()}
+    schema = create_model(f"options of {name}", __base__=Section, **fields)
+    try:
+        schema.model_validate(given)
+    except ValidationError as error:
+        return _describe(error, schema, marks, ("judge", "options"))
+    return []
 
 
 def dump(resolved: Resolved) -> str:
@@ -305,7 +328,8 @@ def _problem(error: Any, schema: type[Section]) -> str:
         return "missing, and it has no default"
     if error["type"] == "extra_forbidden":
         known = list(getattr(section_at(schema, section), "model_fields", ()))
-        return f"unknown key (got {key!r}, expected one of {', '.join(known)}){nearest(str(key), known)}"
+        expected = f"one of {', '.join(known)}" if known else "none: it takes none"
+        return f"unknown key (got {key!r}, expected {expected}){nearest(str(key), known)}"
     if error["type"] == "value_error":
         problem = str(error["ctx"]["error"])
         return problem if "(got" in problem else f"{problem} (got {got})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mmpo import masking, yaml_source
+from mmpo import find, masking, yaml_source
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
 from mmpo.find import names
@@ -283,6 +285,40 @@ def test_errors_of_losses_are_in_the_same_list(tmp_path: Path) -> None:
     assert found[5].startswith(f"{path}:7:17 objective.4.beta: unknown key")
     with pytest.raises(RecipeError, match="objective.0.betta"):
         recipes.check_objective(load(write(tmp_path, "s.yaml", "objective: [{loss: dpo, betta: 1}]\n")))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["judge.name=sentimnt"], "judge.name: no 'sentimnt' in judges .*; did you mean 'sentiment'"),
+        (
+            ["judge.name=sentiment", "judge.options.nope=1"],
+            "judge.options.nope: unknown key .got 'nope', expected none: it takes",
+        ),
+        (["judge.name=hpsv2", "judge.options.batchsize=1"], "judge.options.batchsize: unknown key .*did you mean 'batch_size'"),
+        (
+            ["judge.name=hpsv2", "judge.options.batch_size=many"],
+            "judge.options.batch_size: wrong value .got many, expected a val",
+        ),
+        (["judge.name=hpsv2", "judge.options.path=x"], "judge.options.path: unknown key"),
+        (["judge.name=nobody:judge"], "judge.name: .* allow it with --plugin nobody"),
+        (["judge.name=tests.tiny_run:brightness", "judge.options.x=1"], "judge.options.x: unknown key"),
+    ],
+)
+def test_judges_that_cannot_work_are_told(words: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "PLUGINS", {"tests.tiny_run"})
+    (found,) = problems("diffusion", words, losses=True)
+    assert re.match(f"command line {problem}", found), found
+
+
+def test_judges_that_can_work_are_not_imported() -> None:
+    code = (
+        "import sys\nfrom mmpo import recipe, signatures\n"
+        "assert recipe._judge_problems({'name': 'aesthetic', 'options': {'head': 'x', 'batch_size': 2}}, {}) == []\n"
+        "assert all(signatures.options('judges', name) is not None for name in recipe.signatures.find.names('judges'))\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_every_loss_has_parameters_that_a_recipe_can_give() -> None:
