@@ -293,8 +293,12 @@ def config_validate(
 ) -> None:
     """Check a recipe, and print it in full with where each value came from; or all that is wrong with it."""
     from mmpo.recipe import dump
+    from mmpo.unread import notes
 
-    print(dump(_load(words, settings or [], modality, plugins)), end="")
+    resolved = _load(words, settings or [], modality, plugins)
+    print(dump(resolved), end="")
+    for line in notes(resolved):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _load(

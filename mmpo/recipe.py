@@ -26,6 +26,7 @@ from mmpo.yaml_source import Keys, Mark
 Marks = dict[Keys, Mark]
 
 CONFIGS = Path(__file__).parent / "configs"
+COMMAND_LINE = "command line"
 BETA_DPO = 1000.0  # T of the denoisers' log-likelihood -(T/2) w(t) err: the papers' beta_dpo multiplies (1/2) w(t) err
 
 _BARE = re.compile(r"[A-Za-z_][\w./@-]*")
@@ -66,6 +67,9 @@ def load(
     layers = _Layers()
     layers.read(name, Path())
     if modality is not None:
+        if (own := layers.data.get("modality", modality)) != modality:
+            said = f"recipe {name} is of modality {own} (got --modality {modality}, expected {own}, or none)"
+            raise RecipeError(_line(layers.marks, ("modality",), said))
         layers.put(("modality",), modality)
     for override in overrides:
         layers.override(override)
@@ -282,7 +286,9 @@ class _Layers:
             self.problems += [f"command line {p}" for p in error.problems]
 
     def put(self, names: Sequence[str], value: Any) -> None:
-        """Sets one value by its key path, making the mappings on the way; a number names an item of a list."""
+        """Sets one value by its key path, making the sections on the way; a number names an item of a list."""
+        if not all(names):
+            raise RecipeError(f"{'.'.join(names)}: a name is empty (expected key=value, or section.key=value)")
         node: Any = self.data
         keys: Keys = ()
         for i, name in enumerate(names):
@@ -293,9 +299,22 @@ class _Layers:
             if i == len(names) - 1:
                 node[key] = value
             elif not isinstance(below.get(key), dict | list):
-                node[key] = {}
+                default = self._default(keys) if names[i + 1].isdecimal() and key not in below else None
+                node[key] = default if isinstance(default, list) else {}
+                self._mark(keys, {keys: Mark(COMMAND_LINE)})
             node = node[key]
-        self._mark(keys, {keys: Mark("command line")})
+        inner = _leaves(value, keys) if isinstance(value, dict | list) else ()
+        self._mark(keys, dict.fromkeys([keys, *inner], Mark(COMMAND_LINE)))
+
+    def _default(self, keys: Keys) -> Any:
+        """The default of a key path, as plain data; None where there is none."""
+        try:
+            found = recipe_class(str(self.data.get("modality", "diffusion")))().model_dump(mode="json")
+            for key in keys:
+                found = found[key]
+        except (RecipeError, KeyError, IndexError, TypeError):
+            return None
+        return found
 
     def _mark(self, keys: Keys, marks: Marks) -> None:
         self.marks = {k: m for k, m in self.marks.items() if k[: len(keys)] != keys} | marks
@@ -306,8 +325,14 @@ def _is_path(name: str) -> bool:
 
 
 def _line(marks: Marks, keys: Keys, problem: str) -> str:
-    """`place field: problem`; the place of a key that was not written is that of the nearest section that was."""
-    place = next((marks[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in marks), "default")
+    """`place field: problem`; the place of a key that was not written is that of the nearest section that was.
+
+    Of a section, it is the command line where that set one of the keys that the problem names: it came last.
+    """
+    below = (k for k, mark in marks.items() if mark.file == COMMAND_LINE and k[: len(keys)] == keys and len(k) > len(keys))
+    named = next((k for k in below if re.search(rf"\b{re.escape(str(k[-1]))}\b", problem)), None)
+    above = (keys[:n] for n in range(len(keys), -1, -1) if keys[:n] in marks)
+    place = marks[named] if named is not None else next((marks[k] for k in above), "default")
     return f"{place} {_dotted(keys)}: {problem}"
 
 
