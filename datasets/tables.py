@@ -53,6 +53,8 @@ def kind_of(path: Path) -> str:
         head, zipped = file.read(4096), isinstance(file, gzip.GzipFile)
     if head[:4] == b"PAR1" and not zipped:
         return "parquet"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or re.match(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", head):
+        raise DataError(f"{path}: expected text in UTF-8; found UTF-16 (`iconv -f UTF-16 -t UTF-8 {path}` rewrites it)")
     start, suffix = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1], _suffix(path)
     if start == b"{" or suffix in (".jsonl", ".ndjson"):
         return "jsonl"
@@ -65,7 +67,10 @@ def kind_of(path: Path) -> str:
 
 
 def columns_of(path: Path) -> frozenset[str]:
-    """The columns of a table (for JSON, the keys of its first readable rows), or the names of a folder's entries."""
+    """The columns of a table (for JSON, the keys of its first readable rows), or the names of a folder's entries.
+
+    Raises DataError, with the first problem, where none of the first SAMPLE rows of JSON can be read.
+    """
     kind = kind_of(path)
     if kind == "folder":
         return frozenset(p.name for p in path.iterdir())
@@ -73,7 +78,27 @@ def columns_of(path: Path) -> frozenset[str]:
         return frozenset(_parquet(parquet_files(path)[0]).schema_arrow.names)
     if kind == "csv":
         return frozenset(csv_header(path))
-    return frozenset(key for _, row in itertools.islice(rows_of(path), SAMPLE) if not isinstance(row, BadField) for key in row)
+    head = list(itertools.islice(rows_of(path), SAMPLE))
+    rows = [row for _, row in head if not isinstance(row, BadField)]
+    if head and not rows:
+        if kind == "jsonl" and is_one_object(path):
+            raise DataError(
+                f"{path}: expected a JSON list of rows, or one JSON object a line; found one object over many lines"
+            )
+        where, problem = head[0]
+        many = f"the first {SAMPLE} rows are all bad" if len(head) == SAMPLE else "no row can be read"
+        raise DataError(f"{path}: {many}: {where} {problem}; where later ones are good, set the format")
+    return frozenset(key for row in rows for key in row)
+
+
+def is_one_object(path: Path) -> bool:
+    """Whether a file that reads as no lines of JSON is one object, written over several of them."""
+    with _opened(path) as file:
+        text = file.read(MAX_LINE + 1)
+    try:
+        return len(text) <= MAX_LINE and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _suffix(path: Path) -> str:

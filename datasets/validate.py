@@ -61,6 +61,8 @@ def validate(
         for item in rows(path, report.ledger, format=report.format, root=root):
             report.pairs += 1
             prompts.add(digest(*item.prompt))
+        if not report.ledger.rows:
+            report.fatal = f"{path}: there is nothing to read in it: no rows"
     except DataError as error:
         report.fatal = str(error)
     report.prompts = len(prompts)
