@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from mmpo.datasets.json_rows import list_items, parsed
 from mmpo.datasets.ledger import BadField, Row, TextRow
-from mmpo.errors import DataError
+from mmpo.errors import DataError, RecipeError
 
 BATCH = 64  # rows of parquet in memory at once: a row of Pick-a-Pic is about a megabyte
 MAX_LINE = 8 * 2**20  # bytes of a line of JSON, characters of a line of CSV
@@ -345,13 +345,14 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_json(path: Path, rows: Iterable[Row]) -> int:
+def write_json(path: Path, rows: Iterable[Row], also: Sequence[str] = ()) -> int:
     """Write rows as one file, replaced as a whole: a JSON list if it is called .json, otherwise JSON lines; returns how many.
 
-    A name that ends in .jsonl.gz is gzipped, the same bytes for the same rows.
+    A name that ends in .jsonl.gz is gzipped, the same bytes for the same rows. also: endings with which the caller writes
+    something else, for the message. Raises RecipeError for any other ending.
     """
     if _suffix(path) not in (".json", ".jsonl", ".ndjson") or path.name.endswith(".json.gz"):
-        raise DataError(f"{path}: expected a name that ends in .jsonl, .jsonl.gz or .json")
+        raise RecipeError(f"{path}: expected a name that ends in {', '.join(('.jsonl', '.jsonl.gz', *also))} or .json")
     start, between, end = ("[\n", ",\n", "\n]\n") if _suffix(path) == ".json" else ("", "\n", "\n")
     partial, count = path.with_name(path.name + ".partial"), 0
     try:

@@ -20,7 +20,6 @@ ROOMS = (
     "judges",
     "diagnostics",
     "modalities",
-    "datasets",
     "datasets.formats",
     "datasets.builders",
     "datasets.embedders",
