@@ -74,6 +74,14 @@ def prompts(modality: str) -> Any:
     return _of_config(modality, "PROMPTS")
 
 
+def draws(modality: str) -> bool:
+    """Whether anything of a recipe's `draw:` is read, from the same file; a plugin's that does not say so reads it."""
+    try:
+        return bool(_of_config(modality, "DRAWS"))
+    except RecipeError:
+        return True
+
+
 def _of_config(modality: str, attribute: str) -> Any:
     if ":" in modality:
         return _plugin(f"{modality.partition(':')[0]}:{attribute}")

@@ -67,7 +67,8 @@ def load(
     layers = _Layers()
     layers.read(name, Path())
     if modality is not None:
-        if (own := layers.data.get("modality", modality)) != modality:
+        own = layers.data.get("modality", modality)
+        if own != modality:
             said = f"recipe {name} is of modality {own} (got --modality {modality}, expected {own}, or none)"
             raise RecipeError(_line(layers.marks, ("modality",), said))
         layers.put(("modality",), modality)
@@ -309,7 +310,7 @@ class _Layers:
     def _default(self, keys: Keys) -> Any:
         """The default of a key path, as plain data; None where there is none."""
         try:
-            found = recipe_class(str(self.data.get("modality", "diffusion")))().model_dump(mode="json")
+            found: Any = recipe_class(str(self.data.get("modality", "diffusion")))().model_dump(mode="json")
             for key in keys:
                 found = found[key]
         except (RecipeError, KeyError, IndexError, TypeError):

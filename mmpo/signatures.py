@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from mmpo import find
 
-_NAMES = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple, Path)}
+_NAMES: dict[str, Any] = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple, Path)}
 _NAMES |= {"Any": Any, "Literal": Literal, "Sequence": Sequence, "__builtins__": {}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from mmpo import find
 from mmpo.recipe import Resolved
 from mmpo.schema import Recipe
 from mmpo.yaml_source import Keys
@@ -17,11 +18,10 @@ def _is(key: str, *values: Any) -> tuple[str, Callable[[Recipe], bool]]:
 
 _ROUNDS = ("train.rounds above 1", lambda recipe: recipe.train.rounds > 1)
 _NAMED = ("judge.name", lambda recipe: recipe.judge.name is not None or set(recipe.judge.options) == {"allow_download"})
-_TOKENS = ("text", "vlm")  # modalities whose likelihood is exact: no timestep and no noise to draw
 
 # A setting, or a section of them, and what has to be so for it to be read.
 _READ: tuple[tuple[str, tuple[str, Callable[[Recipe], bool]]], ...] = (
-    ("draw", ("modality: diffusion", lambda recipe: recipe.modality not in _TOKENS)),
+    ("draw", ("modalities that draw timesteps and noise", lambda recipe: find.draws(recipe.modality))),
     ("draw.logit_mean", _is("draw.timesteps", "logit_normal")),
     ("draw.logit_std", _is("draw.timesteps", "logit_normal")),
     ("draw.min_snr_gamma", _is("draw.weight", "min_snr")),

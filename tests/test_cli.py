@@ -223,7 +223,7 @@ def test_validate_prints_where_each_value_came_from(recipe: str, capsys: Any) ->
 def test_settings_that_nothing_reads_are_notes_beside_the_recipe(capsys: Any) -> None:
     assert cli.main(["config", "validate", "text", "draw.t_max=0.5"]) == 0
     told = capsys.readouterr()
-    assert told.err == "note: command line draw.t_max: not read; it goes with modality: diffusion\n"
+    assert told.err == "note: command line draw.t_max: not read; it goes with modalities that draw timesteps and noise\n"
     assert "note" not in told.out and "t_max: 0.5  # command line" in told.out
 
 
