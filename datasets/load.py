@@ -31,7 +31,15 @@ def detect(path: str | Path) -> str:
         raise DataError(f"{path}: there is nothing to read in this {kind}")
     verdict = f"fits {' and '.join(fitting)}" if fitting else "fits no format"
     found = ", ".join(sorted(columns)[:12]) or "no columns"
+    if kind == "csv" and not fitting and (other := separator_of(columns)):
+        raise DataError(f"{path}: expected cells separated by commas (tabs in a .tsv); found the header {found}, with {other}")
     raise DataError(f"{path}: a {kind} with {found} {verdict}; set format to one of: {', '.join(names(ROOM))}")
+
+
+def separator_of(columns: frozenset[str]) -> str | None:
+    """What a header of one column seems to be separated by, where that is not what CSV is read with."""
+    (header,) = columns if len(columns) == 1 else ("",)
+    return next((repr(sign) for sign in (";", "\t", "|", ",") if sign in header), None)
 
 
 def holds_candidates(format: str) -> bool:

@@ -63,7 +63,8 @@ def write_pictured(
         inside = written(pairs, lambda pair, told: row(pair, told, lambda b: {"bytes": file_bytes(b), "path": b.path}), ledger)
         return write_parquet(path, schema.with_metadata(features(schema)), inside)
     with MediaFiles(path.parent) as files:
-        return write_json(path, files.settled(written(pairs, lambda pair, told: row(pair, told, files.put), ledger)))
+        also = [".parquet"] if schema is not None else []
+        return write_json(path, files.settled(written(pairs, lambda pair, told: row(pair, told, files.put), ledger)), also)
 
 
 def features(schema: pa.Schema) -> dict[bytes, bytes]:

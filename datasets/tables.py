@@ -24,15 +24,17 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmpo.datasets.json_rows import list_items, parsed
 from mmpo.datasets.ledger import BadField, Row, TextRow
-from mmpo.errors import DataError
+from mmpo.errors import DataError, RecipeError
 
 BATCH = 64  # rows of parquet in memory at once: a row of Pick-a-Pic is about a megabyte
 MAX_LINE = 8 * 2**20  # bytes of a line of JSON, characters of a line of CSV
-MAX_DEPTH = 64  # of nested lists and objects in a line of JSON
 MAX_RECORD = 100  # lines of a CSV record, and how far ahead the end of a quotation is looked for
 SAMPLE = 100  # rows that tell a table's columns: the first alone may be a damaged one
-TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+NAMED = 8  # files of a folder in a message
+SPLITS = {name: name for name in ("train", "test", "validation", "dev", "eval")}
+SPLITS |= {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "evaluation": "eval"}
 Located = tuple[str, Row | BadField]
 
 csv.field_size_limit(MAX_LINE)  # the library's own limit is 128 KiB, for the whole process
@@ -51,6 +53,8 @@ def kind_of(path: Path) -> str:
         head, zipped = file.read(4096), isinstance(file, gzip.GzipFile)
     if head[:4] == b"PAR1" and not zipped:
         return "parquet"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or re.match(rb"[^\0]\0[^\0]\0|\0[^\0]\0[^\0]", head):
+        raise DataError(f"{path}: expected text in UTF-8; found UTF-16 (`iconv -f UTF-16 -t UTF-8 {path}` rewrites it)")
     start, suffix = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1], _suffix(path)
     if start == b"{" or suffix in (".jsonl", ".ndjson"):
         return "jsonl"
@@ -63,7 +67,10 @@ def kind_of(path: Path) -> str:
 
 
 def columns_of(path: Path) -> frozenset[str]:
-    """The columns of a table (for JSON, the keys of its first readable rows), or the names of a folder's entries."""
+    """The columns of a table (for JSON, the keys of its first readable rows), or the names of a folder's entries.
+
+    Raises DataError, with the first problem, where none of the first SAMPLE rows of JSON can be read.
+    """
     kind = kind_of(path)
     if kind == "folder":
         return frozenset(p.name for p in path.iterdir())
@@ -71,7 +78,27 @@ def columns_of(path: Path) -> frozenset[str]:
         return frozenset(_parquet(parquet_files(path)[0]).schema_arrow.names)
     if kind == "csv":
         return frozenset(csv_header(path))
-    return frozenset(key for _, row in itertools.islice(rows_of(path), SAMPLE) if not isinstance(row, BadField) for key in row)
+    head = list(itertools.islice(rows_of(path), SAMPLE))
+    rows = [row for _, row in head if not isinstance(row, BadField)]
+    if head and not rows:
+        if kind == "jsonl" and is_one_object(path):
+            raise DataError(
+                f"{path}: expected a JSON list of rows, or one JSON object a line; found one object over many lines"
+            )
+        where, problem = head[0]
+        many = f"the first {SAMPLE} rows are all bad" if len(head) == SAMPLE else "no row can be read"
+        raise DataError(f"{path}: {many}: {where} {problem}; where later ones are good, set the format")
+    return frozenset(key for row in rows for key in row)
+
+
+def is_one_object(path: Path) -> bool:
+    """Whether a file that reads as no lines of JSON is one object, written over several of them."""
+    with _opened(path) as file:
+        text = file.read(MAX_LINE + 1)
+    try:
+        return len(text) <= MAX_LINE and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _suffix(path: Path) -> str:
@@ -120,8 +147,44 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Locate
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The file itself, or all *.parquet of a folder and its sub-folders, sorted."""
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*.parquet") if p.is_file())
+    """The file itself, or all *.parquet of a folder and its sub-folders, sorted, without those that are hidden.
+
+    Raises DataError where names of several splits stand side by side: read as one, they are training on the test split.
+    """
+    if path.is_file():
+        return [path]
+    found = _parquets(path, hidden=False)
+    splits = {split: part for part in reversed(found) if (split := _split(part.relative_to(path)))}
+    if len(splits) > 1:
+        named = ", ".join(f"{split} ({splits[split].relative_to(path).as_posix()})" for split in sorted(splits))
+        raise DataError(f"{path}: parquet files of {len(splits)} splits: {named}; name one file, or a folder of one split")
+    return found
+
+
+def _parquets(path: Path, hidden: bool) -> list[Path]:
+    """A folder's parquet files that are hidden, or those that are not: a dot means being written, or left over."""
+    found = (p for p in path.rglob("*.parquet") if p.is_file())
+    return sorted(p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts) == hidden)
+
+
+def _split(name: Path) -> str | None:
+    """The split that a file's name, or else its innermost folder's, says it is of: train of train_sft-0.parquet."""
+    words = (word for part in reversed(name.with_suffix("").parts) for word in re.split("[^a-z]+", part.lower()))
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
+def files_told(path: Path) -> list[str]:
+    """What is read of a folder of parquet, and what is not, to print; nothing of any other path."""
+    if not path.is_dir() or not (found := parquet_files(path)):
+        return []
+    told = [f"{path}: reads {len(found)} parquet file{'s' * (len(found) > 1)}: {_listed(found, path)}"]
+    hidden = _parquets(path, hidden=True)
+    return told + ([f"{path}: leaves out {len(hidden)} with a hidden name: {_listed(hidden, path)}"] if hidden else [])
+
+
+def _listed(files: Sequence[Path], folder: Path) -> str:
+    names = [p.relative_to(folder).as_posix() for p in files]
+    return ", ".join(names if len(names) <= NAMED else [*names[: NAMED - 1], "...", names[-1]])
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Located]:
@@ -159,15 +222,13 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def json_rows(path: Path) -> Iterator[Located]:
-    """The objects of one JSON list."""
+    """The objects of one JSON list; a bad one is a row of its own. Raises DataError where the list itself is broken."""
     try:
-        items = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        items = list(list_items(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable JSON: {error}") from error
-    if not isinstance(items, list):
-        raise DataError(f"{path}: expected a JSON list of objects, found {type(items).__name__}")
     for number, item in enumerate(items):
-        yield f"{path.name}:row {number}", _object(item)
+        yield f"{path.name}:row {number}", parsed(item, "(row)")
 
 
 def jsonl_rows(path: Path) -> Iterator[Located]:
@@ -177,46 +238,7 @@ def jsonl_rows(path: Path) -> Iterator[Located]:
             if line is None:
                 yield f"{path.name}:line {number}", _too_long("(line)")
             elif line.strip():
-                yield f"{path.name}:line {number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> Row | BadField:
-    try:
-        written = line.decode("utf-8-sig")
-        if (found := _depth(written)) > MAX_DEPTH:
-            raise BadField("(line)", f"JSON at most {MAX_DEPTH} deep", f"{found}", "nested too deep")
-        return _object(json.loads(written, object_pairs_hook=_unique))
-    except UnicodeDecodeError as error:
-        problem = BadField("(line)", "text in UTF-8", str(error)[:200], "bad UTF-8")
-    except ValueError as error:
-        problem = BadField("(line)", "a JSON object", f"{type(error).__name__}: {error}"[:200], "bad JSON")
-    except BadField as error:
-        problem = error
-    problem.raw = line
-    return problem
-
-
-def _depth(written: str) -> int:
-    """How deep lists and objects are nested; 0 without counting where they cannot be too deep."""
-    if written.count("[") + written.count("{") <= MAX_DEPTH:
-        return 0
-    depth = deepest = 0
-    for token in TOKENS.findall(written):  # strings are tokens, so that brackets inside them do not count
-        depth += (token in ("[", "{")) - (token in ("]", "}"))
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        twice = next(key for i, (key, _) in enumerate(items) if any(key == other for other, _ in items[:i]))
-        raise BadField("(line)", "each key once", f"{twice[:60]!r} again", "repeated key")
-    return found
-
-
-def _object(item: Any) -> Row | BadField:
-    return item if isinstance(item, dict) else BadField("(row)", "a JSON object", type(item).__name__, "not an object")
+                yield f"{path.name}:line {number}", parsed(line)
 
 
 def csv_header(path: Path) -> list[str]:
@@ -323,13 +345,14 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_json(path: Path, rows: Iterable[Row]) -> int:
+def write_json(path: Path, rows: Iterable[Row], also: Sequence[str] = ()) -> int:
     """Write rows as one file, replaced as a whole: a JSON list if it is called .json, otherwise JSON lines; returns how many.
 
-    A name that ends in .jsonl.gz is gzipped, the same bytes for the same rows.
+    A name that ends in .jsonl.gz is gzipped, the same bytes for the same rows. also: endings with which the caller writes
+    something else, for the message. Raises RecipeError for any other ending.
     """
     if _suffix(path) not in (".json", ".jsonl", ".ndjson") or path.name.endswith(".json.gz"):
-        raise DataError(f"{path}: expected a name that ends in .jsonl, .jsonl.gz or .json")
+        raise RecipeError(f"{path}: expected a name that ends in {', '.join(('.jsonl', '.jsonl.gz', *also))} or .json")
     start, between, end = ("[\n", ",\n", "\n]\n") if _suffix(path) == ".json" else ("", "\n", "\n")
     partial, count = path.with_name(path.name + ".partial"), 0
     try:

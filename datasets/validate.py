@@ -8,6 +8,7 @@ from pathlib import Path
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, ledger_for, rows
 from mmpo.datasets.pairing import digest
+from mmpo.datasets.tables import files_told
 from mmpo.errors import DataError
 
 
@@ -15,7 +16,7 @@ from mmpo.errors import DataError
 class Report:
     """What `validate` found. pairs: pairs (or candidates) that training would get; prompts: distinct ones among them.
 
-    fatal: why the file could not be read to its end, if so.
+    fatal: why the file could not be read to its end, if so. files: which ones of a folder are read.
     """
 
     path: str
@@ -24,6 +25,7 @@ class Report:
     pairs: int = 0
     prompts: int = 0
     fatal: str | None = None
+    files: list[str] = field(default_factory=list)
 
     @property
     def bad(self) -> int:
@@ -37,7 +39,7 @@ class Report:
         fatal = [f"unreadable: {self.fatal}"] if self.fatal else []
         items = "candidates" if self.format == "candidates" else "pairs"
         summary = f"{self.path}: format {self.format or 'unknown'}, {self.pairs} {items} of {self.prompts} prompts"
-        return [*problems, *self.ledger.remarks, *fatal, summary, *str(self.ledger).splitlines()]
+        return [*problems, *self.ledger.remarks, *fatal, *self.files, summary, *str(self.ledger).splitlines()]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -54,10 +56,13 @@ def validate(
     report = Report(str(path), format, ledger_for(modality, "skip"))
     prompts: set[str] = set()
     try:
+        report.files = files_told(Path(path))
         report.format = format or detect(path)
         for item in rows(path, report.ledger, format=report.format, root=root):
             report.pairs += 1
             prompts.add(digest(*item.prompt))
+        if not report.ledger.rows:
+            report.fatal = f"{path}: there is nothing to read in it: no rows"
     except DataError as error:
         report.fatal = str(error)
     report.prompts = len(prompts)

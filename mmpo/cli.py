@@ -28,6 +28,7 @@ from mmpo.interruption import Interrupted
 if TYPE_CHECKING:
     from mmpo.recipe import Resolved
 
+ROOMS = (*find.ROOMS, "configs")
 OK, FAILED, USAGE, DATA, MISSING, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 app = typer.Typer(
@@ -249,10 +250,12 @@ def make_base(
 
 
 @app.command("list")
-def list_room(room: Annotated[str, typer.Argument(help=f"one of: {', '.join((*find.ROOMS, 'configs'))}")]) -> None:
+def list_room(room: Annotated[str, typer.Argument(help=f"one of: {', '.join(ROOMS)}")]) -> None:
     """List what a room offers."""
     from mmpo.recipe import configs
 
+    if room not in ROOMS:
+        raise RecipeError(f"no room '{room}' (rooms: {', '.join(ROOMS)}){find.nearest(room, ROOMS)}")
     print("\n".join(configs() if room == "configs" else find.names(room)))
 
 
@@ -282,7 +285,7 @@ def config_explain(
     modality: Annotated[str, typer.Option(help="whose model section to explain")] = "diffusion",
 ) -> None:
     """Say what a setting means, with its unit, limits and default."""
-    from mmpo.schema import explain
+    from mmpo.explain import explain
 
     print(explain(key, modality))
 
@@ -293,8 +296,12 @@ def config_validate(
 ) -> None:
     """Check a recipe, and print it in full with where each value came from; or all that is wrong with it."""
     from mmpo.recipe import dump
+    from mmpo.unread import notes
 
-    print(dump(_load(words, settings or [], modality, plugins)), end="")
+    resolved = _load(words, settings or [], modality, plugins)
+    print(dump(resolved), end="")
+    for line in notes(resolved):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _load(

@@ -23,6 +23,7 @@ from mmpo.network import OFFLINE
 
 FINE, NOTE, BROKEN = "ok", "note", "broken"
 DISK = 64 * 2**20  # bytes; the folder of `mmpo train --modality diffusion` is 12 MB, one checkpoint more while saving
+OTHERS = "other recipes about 12 bytes a trained parameter (AdamW, fp32) for each of train.keep + 1 checkpoints, and the cache"
 MEMORY = 2 * 2**30  # bytes; the same run holds 1.4 GiB at most
 ASSETS = ("model_index.json", "candidates.parquet")
 FAMILY = ("torch", "torchvision", "torchaudio")  # built against one another
@@ -139,7 +140,7 @@ def _memory() -> Check:
 
 def _disk(folder: Path) -> Check:
     free = shutil.disk_usage(folder).free
-    found = f"{_size(free)} free in {folder}; a default run needs {_size(DISK)}"
+    found = f"{_size(free)} free in {folder}; the default diffusion run needs {_size(DISK)}, {OTHERS}"
     if not os.access(folder, os.W_OK):
         return Check("disk", BROKEN, f"{folder} cannot be written", "mmpo train --modality diffusion out=DIR")
     return Check("disk", FINE if free >= DISK else BROKEN, found, "" if free >= DISK else f"du -sh {folder}/runs/*")

@@ -20,7 +20,6 @@ ROOMS = (
     "judges",
     "diagnostics",
     "modalities",
-    "datasets",
     "datasets.formats",
     "datasets.builders",
     "datasets.embedders",
@@ -48,11 +47,16 @@ def find(room: str, name: str) -> Any:
     """
     if ":" in name:
         return _plugin(name)
+    require(room, name)
+    module = importlib.import_module(f"mmpo.{room}.{name}")
+    return getattr(module, "Adapter" if room == "modalities" else name)
+
+
+def require(room: str, name: str) -> None:
+    """Raises RecipeError, as `find` does, for a name that a room does not offer; imports nothing."""
     offered = names(room)
     if name not in offered:
         raise RecipeError(f"no '{name}' in {room} (there are: {', '.join(offered) or 'none'}){nearest(name, offered)}")
-    module = importlib.import_module(f"mmpo.{room}.{name}")
-    return getattr(module, "Adapter" if room == "modalities" else name)
 
 
 def model_config(modality: str) -> Any:
@@ -68,6 +72,14 @@ def answers(modality: str) -> Any:
 def prompts(modality: str) -> Any:
     """The kinds of blocks that a modality's prompts may hold, from the same file."""
     return _of_config(modality, "PROMPTS")
+
+
+def draws(modality: str) -> bool:
+    """Whether anything of a recipe's `draw:` is read, from the same file; a plugin's that does not say so reads it."""
+    try:
+        return bool(_of_config(modality, "DRAWS"))
+    except RecipeError:
+        return True
 
 
 def _of_config(modality: str, attribute: str) -> Any:

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, ches, drift, evaluate, memory, packaged, sharding, tiers
+from mmpo import checkpoint, ches, drift, evaluate, memory, packaged, sharding, tiers, unread
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
@@ -71,7 +71,7 @@ def run(resolved: Resolved) -> int:
         set_seed(recipe.seed)  # python, numpy and torch
         current = build(resolved, folder, objective)
         if not resume(current[0]):
-            _begin(*current)
+            _begin(*current, unread.notes(resolved))
         earlier = current[0].progress.seconds
         _rounds(*current)
         leave_group(current[0])
@@ -331,7 +331,7 @@ def _default_folder(resolved: Resolved) -> str:
     return f"runs/{resolved.recipe.modality}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
-def _begin(run: Run, data: Prepared) -> None:
+def _begin(run: Run, data: Prepared, unread: Sequence[str] = ()) -> None:
     """The start of a fresh run: what it is about, the self-check, and the base's own evaluation."""
     count = sum(p.numel() for p in trainable(run.model).values())
     whole = sum(p.numel() for p in run.model.parameters())
@@ -339,7 +339,7 @@ def _begin(run: Run, data: Prepared) -> None:
     say(run, f"{run.recipe.modality}: {sizes}")
     if run.recipe.train.fsdp:
         say(run, f"  {sharding.told(unwrap(run.model), run.accelerator.num_processes)}")
-    for line in run.objective.unread(run.pairs):
+    for line in (*unread, *run.objective.unread(run.pairs)):
         say(run, f"  note: {line}")
     betas = [term.beta for term in run.objective.terms if term.beta is not None]
     entry = {

@@ -13,7 +13,9 @@ from typing import Any
 MASK = "***"
 NAME = re.compile("token|key|secret|password|passwd|credential", re.IGNORECASE)
 _NEVER_A_NUMBER = re.compile("token|key", re.IGNORECASE)  # max_tokens: 64 is a setting
-_ISSUED = re.compile(r"(?<![A-Za-z0-9])(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA)(?=[A-Za-z_-]*\d)[\w-]{8,}")
+_ISSUERS = "hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA"
+# A digit, or 16 letters without a break: a token may be letters only, and hf_hub_download_of_pairs is a name in words.
+_ISSUED = re.compile(rf"(?<![A-Za-z0-9])({_ISSUERS})(?=[A-Za-z_-]*\d|[\w-]{{0,100}}[A-Za-z]{{16}})[\w-]{{8,}}")
 _SHORTEST = 8  # characters of a value that is looked for in text
 _LEARNT: set[str] = set()
 

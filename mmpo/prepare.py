@@ -1,7 +1,8 @@
 """From a recipe's data to pairs that train, pairs and prompts that are held out, and an account of every row.
 
-A run's folder keeps the account (ledger.json), the bad rows where the recipe quarantines them (quarantine.jsonl), and the
-digests of every pair and its media, in order (data_manifest.json), to which a resumed run is held.
+A run's folder keeps the account (ledger.json), the bad rows where the recipe quarantines them (quarantine.jsonl, and
+quarantine_shifted.jsonl of eval.shifted), and the digests of every pair and its media, in order (data_manifest.json), to which
+a resumed run is held.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mmpo.checkpoint import write_atomic
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import detect, holds_candidates, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, digest, pair_up
+from mmpo.datasets.tables import files_told
 from mmpo.errors import DataError
 from mmpo.judging import Judge
 from mmpo.pair import Block, Pair
@@ -34,7 +36,8 @@ NAMED = 5  # rows in a message about drift
 class Prepared:
     """select, test: held-out prompts, disjoint; the first choose the best checkpoint, the second are reported.
 
-    pairs: all of them, in the order of the data. shifted: pairs of another distribution, which are only measured.
+    pairs: all of them, in the order of the data. shifted: pairs of another distribution, which are only measured, and the
+    ledger of theirs.
     """
 
     train: list[Pair]
@@ -46,6 +49,7 @@ class Prepared:
     pairs: list[Pair]
     ledger: Ledger
     shifted: list[Pair] = field(default_factory=list)
+    shifted_ledger: Ledger | None = None
 
 
 def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
@@ -66,6 +70,9 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     prompts = sorted(kept_out.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
     account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs), "heldout": len(heldout)}
+    shifted, shifted_ledger = _shifted(recipe, judge)
+    if shifted_ledger is not None:
+        account["shifted"] = {"source": recipe.eval.shifted, "rows": str(shifted_ledger), "pairs": len(shifted)}
     return Prepared(
         train,
         heldout[: recipe.eval.pairs],
@@ -75,7 +82,8 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
         account,
         pairs,
         ledger,
-        _shifted(recipe, judge),
+        shifted,
+        shifted_ledger,
     )
 
 
@@ -110,14 +118,18 @@ def _read(
     return pairs, [p.prompt for p in pairs], ledger, {}
 
 
-def _shifted(recipe: Recipe, judge: Judge | None) -> list[Pair]:
-    """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content."""
+def _shifted(recipe: Recipe, judge: Judge | None) -> tuple[list[Pair], Ledger | None]:
+    """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content; and the ledger of all its rows."""
     if recipe.eval.shifted is None:
-        return []
-    pairs = [p for p in _read(recipe, recipe.eval.shifted, judge, None)[0] if p.chosen and p.rejected]
+        return [], None
+    found, _, ledger, dropped = _read(recipe, recipe.eval.shifted, judge, None)
+    ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in dropped.items()})
+    pairs = [p for p in found if p.chosen and p.rejected]
+    if len(pairs) < len(found):
+        ledger.notes["rows with one answer (not measured)"] += len(found) - len(pairs)
     if not pairs:
-        raise DataError(f"eval.shifted {recipe.eval.shifted}: no pairs of two answers")
-    return sorted(pairs, key=lambda p: _hash(p.id))[: recipe.eval.pairs]
+        raise DataError(f"eval.shifted {recipe.eval.shifted}: no pairs of two answers\n{ledger}")
+    return sorted(pairs, key=lambda p: _hash(p.id))[: recipe.eval.pairs], ledger
 
 
 def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) -> None:
@@ -126,24 +138,52 @@ def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) 
     Raises DataError, naming the rows, when the run has begun with other pairs or media, unless `allow_drift` has "data".
     """
     path, new, begun = folder / "data_manifest.json", manifest(data.pairs), (folder / "checkpoints").exists()
+    if data.shifted_ledger is not None:
+        new["shifted"] = {k: v for k, v in manifest(data.shifted).items() if k != "drift"}
     if begun and not path.exists():
         print(f"{path} is missing: whether the data is that of the run's start cannot be told")
-    old = _read_manifest(path) if begun and path.exists() else new
-    new["drift"] = old["drift"]
-    if changes := drift(old, new, data.pairs):
-        told = f"{data.account['source']}: not the data that the run in {folder} was started with: " + "; ".join(changes)
-        if "data" not in allow_drift:
-            raise DataError(f"{told}. Put the data back, use another out=, or continue all the same with --allow-drift data")
-        print(f"{told}; continued, as allowed")
-        new["drift"] = [*old["drift"], {"was": old["digest"], "now": new["digest"], "changes": changes}]
-    print(data.ledger)
-    write_atomic(folder / "ledger.json", (json.dumps(data.ledger.counts(), indent=1) + "\n").encode())
-    if data.ledger.quarantined:
-        write_atomic(folder / "quarantine.jsonl", data.ledger.quarantine())
-    else:
-        (folder / "quarantine.jsonl").unlink(missing_ok=True)
+    new["drift"] = _settled(folder, _read_manifest(path) if begun and path.exists() else new, new, data, allow_drift)
+    counts = data.ledger.counts()
+    _tell(data.account["source"], data.ledger)
+    _keep_bad(folder / "quarantine.jsonl", data.ledger)
+    if data.shifted_ledger is not None:
+        print("eval.shifted, which is only measured:")
+        _tell(data.account["shifted"]["source"], data.shifted_ledger)
+        counts["shifted"] = data.shifted_ledger.counts()
+    _keep_bad(folder / "quarantine_shifted.jsonl", data.shifted_ledger)
+    write_atomic(folder / "ledger.json", (json.dumps(counts, indent=1) + "\n").encode())
     rows = ",\n".join(json.dumps(row) for row in new.pop("rows"))
     write_atomic(path, f'{json.dumps(new)[:-1]}, "rows": [\n{rows}\n]}}\n'.encode())
+
+
+def _settled(
+    folder: Path, old: dict[str, Any], new: dict[str, Any], data: Prepared, allow_drift: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The notes of what differs from the run's start, one more where it does now. Raises DataError unless that is allowed."""
+    changes, note = drift(old, new, data.pairs), {"was": old["digest"], "now": new["digest"]}
+    if "shifted" in old and "shifted" in new:  # a manifest of an older mmpo has none: nothing to hold them to
+        was, now = old["shifted"], new["shifted"]
+        if others := [f"eval.shifted: {line}" for line in drift(was, now, data.shifted)]:
+            changes, note = changes + others, note | {"shifted_was": was["digest"], "shifted_now": now["digest"]}
+    if not changes:
+        return old["drift"]
+    told = f"{data.account['source']}: not the data that the run in {folder} was started with: " + "; ".join(changes)
+    if "data" not in allow_drift:
+        raise DataError(f"{told}. Put the data back, use another out=, or continue all the same with --allow-drift data")
+    print(f"{told}; continued, as allowed")
+    return [*old["drift"], {**note, "changes": changes}]
+
+
+def _tell(source: str, ledger: Ledger) -> None:
+    print("\n".join([*files_told(Path(source)), str(ledger)]))
+
+
+def _keep_bad(path: Path, ledger: Ledger | None) -> None:
+    """The bad rows of a ledger in a file of their own, which is there only if there are any."""
+    if ledger is not None and ledger.quarantined:
+        write_atomic(path, ledger.quarantine())
+    else:
+        path.unlink(missing_ok=True)
 
 
 def manifest(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -188,8 +228,9 @@ def _changed(before: list[str], after: list[str], pair: Pair) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
-        if found["digest"] != _hash(json.dumps(found["rows"])) or not isinstance(found["drift"], list):
-            raise ValueError("its rows are not those of its digest")
+        for part in (found, found.get("shifted", found)):
+            if part["digest"] != _hash(json.dumps(part["rows"])) or not isinstance(found["drift"], list):
+                raise ValueError("its rows are not those of its digest")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); put it back, or remove it to go on with the data as it is") from error
     return found

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, create_model
 
-from mmpo import masking, yaml_source
+from mmpo import masking, signatures, yaml_source
 from mmpo.errors import RecipeError
 from mmpo.find import find, nearest
 from mmpo.masking import masked
@@ -26,6 +26,7 @@ from mmpo.yaml_source import Keys, Mark
 Marks = dict[Keys, Mark]
 
 CONFIGS = Path(__file__).parent / "configs"
+COMMAND_LINE = "command line"
 BETA_DPO = 1000.0  # T of the denoisers' log-likelihood -(T/2) w(t) err: the papers' beta_dpo multiplies (1/2) w(t) err
 
 _BARE = re.compile(r"[A-Za-z_][\w./@-]*")
@@ -54,7 +55,8 @@ def load(
     """The recipe of a file or of a bare name in mmpo's configs; with only a modality, that modality's default recipe.
 
     overrides: `key=value` strings with dotted keys, list items by number (`objective.0.beta=0.2`), values in YAML.
-    losses: check the objective's losses as well (see `check_objective`), and report their errors with all the others.
+    losses: check the objective's losses (see `check_objective`) and the judge as well, and report their errors with all the
+    others.
     Raises RecipeError.
     """
     name = modality if path is None else str(path)
@@ -65,6 +67,10 @@ def load(
     layers = _Layers()
     layers.read(name, Path())
     if modality is not None:
+        own = layers.data.get("modality", modality)
+        if own != modality:
+            said = f"recipe {name} is of modality {own} (got --modality {modality}, expected {own}, or none)"
+            raise RecipeError(_line(layers.marks, ("modality",), said))
         layers.put(("modality",), modality)
     for override in overrides:
         layers.override(override)
@@ -81,6 +87,7 @@ def load(
         layers.problems += _describe(error, schema, layers.marks)
     if losses:
         layers.problems += _objective_problems(layers.data.get("objective", []), layers.marks)
+        layers.problems += _judge_problems(layers.data.get("judge"), layers.marks)
     if layers.problems:
         raise RecipeError(layers.problems)
     return Resolved(recipe, layers.marks)
@@ -150,6 +157,27 @@ def _loss_schema(loss: Any) -> type[Section]:
         fields["beta"] = (Annotated[kind, Field(gt=0)], default)
         fields["beta_dpo"] = (Annotated[float, Field(gt=0)] | None, None)
     return create_model(loss.__name__, __base__=Section, **fields)
+
+
+def _judge_problems(judge: Any, marks: Marks) -> list[str]:
+    """What is wrong with a judge's name and options, by the signature in its file, which imports nothing."""
+    judge = judge if isinstance(judge, dict) else {}
+    name, given = judge.get("name"), judge.get("options", {})
+    if not isinstance(name, str) or not isinstance(given, dict):
+        return []  # the modality's own judge, or a problem that the schema tells
+    try:
+        known = signatures.options("judges", name, without=frozenset({"path", "device"}))
+    except RecipeError as error:
+        return [_line(marks, ("judge", "name"), p) for p in error.problems]
+    if known is None:
+        return []
+    fields: dict[str, Any] = {option: (p.kind, p.default) for option, p in known.items()}
+    schema = create_model(f"options of {name}", __base__=Section, **fields)
+    try:
+        schema.model_validate(given)
+    except ValidationError as error:
+        return _describe(error, schema, marks, ("judge", "options"))
+    return []
 
 
 def dump(resolved: Resolved) -> str:
@@ -259,7 +287,9 @@ class _Layers:
             self.problems += [f"command line {p}" for p in error.problems]
 
     def put(self, names: Sequence[str], value: Any) -> None:
-        """Sets one value by its key path, making the mappings on the way; a number names an item of a list."""
+        """Sets one value by its key path, making the sections on the way; a number names an item of a list."""
+        if not all(names):
+            raise RecipeError(f"{'.'.join(names)}: a name is empty (expected key=value, or section.key=value)")
         node: Any = self.data
         keys: Keys = ()
         for i, name in enumerate(names):
@@ -270,9 +300,22 @@ class _Layers:
             if i == len(names) - 1:
                 node[key] = value
             elif not isinstance(below.get(key), dict | list):
-                node[key] = {}
+                default = self._default(keys) if names[i + 1].isdecimal() and key not in below else None
+                node[key] = default if isinstance(default, list) else {}
+                self._mark(keys, {keys: Mark(COMMAND_LINE)})
             node = node[key]
-        self._mark(keys, {keys: Mark("command line")})
+        inner = _leaves(value, keys) if isinstance(value, dict | list) else ()
+        self._mark(keys, dict.fromkeys([keys, *inner], Mark(COMMAND_LINE)))
+
+    def _default(self, keys: Keys) -> Any:
+        """The default of a key path, as plain data; None where there is none."""
+        try:
+            found: Any = recipe_class(str(self.data.get("modality", "diffusion")))().model_dump(mode="json")
+            for key in keys:
+                found = found[key]
+        except (RecipeError, KeyError, IndexError, TypeError):
+            return None
+        return found
 
     def _mark(self, keys: Keys, marks: Marks) -> None:
         self.marks = {k: m for k, m in self.marks.items() if k[: len(keys)] != keys} | marks
@@ -283,8 +326,14 @@ def _is_path(name: str) -> bool:
 
 
 def _line(marks: Marks, keys: Keys, problem: str) -> str:
-    """`place field: problem`; the place of a key that was not written is that of the nearest section that was."""
-    place = next((marks[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in marks), "default")
+    """`place field: problem`; the place of a key that was not written is that of the nearest section that was.
+
+    Of a section, it is the command line where that set one of the keys that the problem names: it came last.
+    """
+    below = (k for k, mark in marks.items() if mark.file == COMMAND_LINE and k[: len(keys)] == keys and len(k) > len(keys))
+    named = next((k for k in below if re.search(rf"\b{re.escape(str(k[-1]))}\b", problem)), None)
+    above = (keys[:n] for n in range(len(keys), -1, -1) if keys[:n] in marks)
+    place = marks[named] if named is not None else next((marks[k] for k in above), "default")
     return f"{place} {_dotted(keys)}: {problem}"
 
 
@@ -305,7 +354,8 @@ def _problem(error: Any, schema: type[Section]) -> str:
         return "missing, and it has no default"
     if error["type"] == "extra_forbidden":
         known = list(getattr(section_at(schema, section), "model_fields", ()))
-        return f"unknown key (got {key!r}, expected one of {', '.join(known)}){nearest(str(key), known)}"
+        expected = f"one of {', '.join(known)}" if known else "none: it takes none"
+        return f"unknown key (got {key!r}, expected {expected}){nearest(str(key), known)}"
     if error["type"] == "value_error":
         problem = str(error["ctx"]["error"])
         return problem if "(got" in problem else f"{problem} (got {got})"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ANSWERS: Kind = "image"
 PROMPTS: frozenset[Kind] = frozenset({"text"})
+DRAWS: bool = True  # timesteps and noise
 
 
 class LoraConfig(Section):

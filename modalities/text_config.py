@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ANSWERS: Kind = "text"
 PROMPTS: frozenset[Kind] = frozenset({"text"})
+DRAWS: bool = False  # the likelihood is exact
 
 
 class LoraConfig(Section):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ANSWERS: Kind = "text"
 PROMPTS: frozenset[Kind] = frozenset({"text", "image"})
+DRAWS: bool = False  # the likelihood is exact
 
 
 class ImagesConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +180,12 @@ def test_a_failed_run_keeps_its_code(launched: list[Any], recipe: str, monkeypat
         (["nonsense"], "nonsense"),
         (["list"], "ROOM"),
         (["list", "loses"], "did you mean 'losses'"),
+        (["list", "nope"], "datasets.embedders, configs)"),
+        (["list", "datasets"], "no room 'datasets'"),
+        (["config", "explain", "model.max_length"], "; it is a setting of --modality text or vlm"),
+        (["config", "explain", "model.nothing"], "no setting 'model.nothing'"),
+        (["config", "explain", "objective.nothing"], "no setting 'objective.nothing'"),
+        (["train", "text", "--modality", "diffusion"], "recipe text is of modality text (got --modality diffusion"),
         (["config", "explain", "train.lrr"], "did you mean 'lr'"),
         (["make-base", "video", "--out", "x"], "no base to make for 'video'"),
         (["sample", "runs/x", "--out", "x"], "--prompt"),
@@ -213,6 +220,28 @@ def test_validate_prints_where_each_value_came_from(recipe: str, capsys: Any) ->
     assert "lr: 0.0001  # recipe.yaml:3" in said and "seed: 3  # command line" in said and "eps: 1.0e-08  # default" in said
 
 
+def test_settings_that_nothing_reads_are_notes_beside_the_recipe(capsys: Any) -> None:
+    assert cli.main(["config", "validate", "text", "draw.t_max=0.5"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "note: command line draw.t_max: not read; it goes with modalities that draw timesteps and noise\n"
+    assert "note" not in told.out and "t_max: 0.5  # command line" in told.out
+
+
+def test_a_name_that_cannot_be_written_to_is_a_mistake_of_usage(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    for to, endings in (("trl", ".jsonl, .jsonl.gz, .parquet or .json"), ("swift", ".jsonl, .jsonl.gz or .json")):
+        assert cli.main(["data", "convert", str(tmp_path / "a.jsonl"), "--to", to, "--out", str(tmp_path / "b.txt")]) == 2
+        assert f"b.txt: expected a name that ends in {endings}" in capsys.readouterr().err
+
+
+def test_parameters_of_losses_are_explained_without_torch(capsys: Any) -> None:
+    assert cli.main(["config", "explain", "objective.beta"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("objective.beta: a parameter of losses: ") and re.search(r"default 0.1 of .*\bdpo\b", said)
+    assert cli.main(["config", "explain", "objective.0.beta_dpo"]) == 0
+    assert "objective.beta_dpo: another way to give beta, which is beta_dpo / 1000, to " in capsys.readouterr().out
+
+
 def test_explain_and_schema(capsys: Any) -> None:
     assert cli.main(["config", "explain", "train.lr"]) == 0
     assert capsys.readouterr().out == "train.lr: number > 0; default 0.0001\n    peak learning rate\n"
@@ -243,6 +272,7 @@ def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys, mmpo.cli, mmpo.recipe, mmpo.find, mmpo.schema, mmpo.modalities.diffusion_config\n"
         "assert mmpo.cli.main(['list', 'losses']) == mmpo.cli.main(['config', 'explain', 'model']) == 0\n"
+        "assert mmpo.cli.main(['config', 'explain', 'objective.beta']) == 0\n"
         "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

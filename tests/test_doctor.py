@@ -29,6 +29,7 @@ def test_this_installation(tmp_path: Path) -> None:
     assert [c for c in found.values() if c.state == BROKEN] == []
     assert {"torch", "diffusers", "load torchvision", "cpu", "memory", "disk", "shipped model", "network"} <= set(found)
     assert found["torch"].found == metadata.version("torch")
+    assert "other recipes about 12 bytes a trained parameter" in found["disk"].found and "train.keep" in found["disk"].found
 
 
 def test_each_state_has_what_it_needs() -> None:
@@ -72,7 +73,7 @@ BREAKS: dict[str, tuple[Break, str, str, str]] = {
         "Error",
         "--force-reinstall 'torch",
     ),
-    "disk": (lambda m: m.setattr(doctor, "DISK", 2**80), "disk", "a default run needs", "du -sh"),
+    "disk": (lambda m: m.setattr(doctor, "DISK", 2**80), "disk", "the default diffusion run needs", "du -sh"),
     "memory": (lambda m: m.setattr(doctor, "MEMORY", 2**80), "memory", "holds up to", "mmpo train"),
     "assets": (
         lambda m: m.setattr(doctor, "ASSETS", ("gone",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mmpo.datasets.validate import validate
 from mmpo.errors import DataError
 from mmpo.judging import JudgeResult
 from mmpo.pair import Block, Branch, Pair, image, text
-from mmpo.prepare import Prepared, is_heldout, pair_candidates, prepare
+from mmpo.prepare import Prepared, is_heldout, keep_account, pair_candidates, prepare
 from mmpo.schema import Recipe
 
 
@@ -189,3 +190,37 @@ def test_prompts_of_one_question_about_different_images_are_different(tmp_path: 
     assert len(data.select) + len(data.test) == len(data.heldout) > 2
     assert {p[0].digest for p in data.select + data.test}.isdisjoint({p.prompt[0].digest for p in data.train})
     assert all([b.kind for b in p.prompt] == ["image", "text"] for p in data.train)
+
+
+def test_shifted_pairs_have_an_account_a_quarantine_and_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are only measured; measured on other pairs, a run that goes on would be another measurement."""
+
+    def rows(name: str, first: str = "one") -> str:
+        pairs: list[Any] = [{"prompt": f"{name}{i}", "chosen": first, "rejected": "two"} for i in range(5)]
+        pairs += [{"prompt": 7, "chosen": "a", "rejected": "b"}]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        return str(tmp_path / name)
+
+    def start(allow: tuple[str, ...] = ()) -> dict[str, Any]:
+        keep_account(tmp_path, prepare(spec, "", None), allow)
+        return json.loads((tmp_path / "data_manifest.json").read_text())
+
+    data = {"path": rows("a.jsonl"), "heldout": 0, "on_bad": "quarantine"}
+    spec = Recipe.model_validate({"modality": "text", "data": data, "eval": {"shifted": rows("b.jsonl"), "pairs": 3}})
+    found = start()
+    assert found["pairs"] == 5 and found["shifted"]["pairs"] == 3
+    counts = json.loads((tmp_path / "ledger.json").read_text())
+    assert counts["rows"] == 6 and counts["shifted"] == {k: v for k, v in counts.items() if k != "shifted"}
+    assert capsys.readouterr().out.count("6 rows = 5 used + 0 skipped + 1 refused") == 2
+    for name, file in (("a", "quarantine.jsonl"), ("b", "quarantine_shifted.jsonl")):
+        assert json.loads((tmp_path / file).read_text())["where"] == f"{name}.jsonl:line 6"
+    (tmp_path / "checkpoints").mkdir()
+    rows("b.jsonl", first="three")
+    with pytest.raises(DataError, match=r"started with: eval.shifted: pair \d .* another chosen.*--allow-drift data"):
+        start()
+    (note,) = start(("data",))["drift"]
+    assert note["was"] == note["now"] and note["shifted_was"] != note["shifted_now"]
+    rows("b.jsonl")
+    del found["shifted"]  # as an older mmpo wrote it
+    (tmp_path / "data_manifest.json").write_text(json.dumps(found))
+    assert start()["drift"] == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from mmpo import masking, yaml_source
+from mmpo import find, masking, yaml_source
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
 from mmpo.find import names
 from mmpo.recipe import Resolved, dump, load, loss_parameters
 from mmpo.schema import Recipe, Term, recipe_class, section_at
+from mmpo.unread import notes
 from mmpo.yaml_source import Mark, parse
 
 
@@ -285,6 +288,100 @@ def test_errors_of_losses_are_in_the_same_list(tmp_path: Path) -> None:
         recipes.check_objective(load(write(tmp_path, "s.yaml", "objective: [{loss: dpo, betta: 1}]\n")))
 
 
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("modell.path=3", "command line modell: unknown key"),
+        ("reference.path=/x", "command line reference: path goes with kind: path"),
+        ("train..lr=1", "command line train..lr: a name is empty (expected key=value, or section.key=value)"),
+        (".lr=1", "command line .lr: a name is empty"),
+        ("train.betas.2=0.95", "command line train.betas.2: no such item (got 2, expected a number below 2)"),
+        ("train.betas.1=no", 'command line train.betas.1: wrong value (got "no", expected a valid number)'),
+        ("draw.t_min=0.9", "command line draw: t_min must not exceed t_max"),
+        ("draw.mode=independent", "FILE:2:1 draw: t_min must not exceed t_max"),
+    ],
+)
+def test_settings_of_the_command_line_are_told_as_such(tmp_path: Path, word: str, problem: str) -> None:
+    t_min = 0.9 if word.startswith("draw.mode") else 0.1
+    path = write(tmp_path, "r.yaml", f"train: {{lr: 1}}\ndraw: {{t_max: 0.5, t_min: {t_min}}}\n")
+    (found,) = problems(path, [word])
+    assert found.startswith(problem.replace("FILE", path)), found
+
+
+def test_an_index_reaches_into_a_list_that_is_a_default() -> None:
+    found = load("diffusion", ["train.betas.1=0.95"])
+    assert found.recipe.train.betas == (0.9, 0.95) and found.provenance["train.betas"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("modality", "words", "named"),
+    [
+        ("text", ["draw.mode=independent", "draw.t_max=0.5"], ["draw.mode", "draw.t_max"]),
+        ("text", ["draw.inversion_eta=0.5"], ["draw.inversion_eta"]),
+        ("diffusion", ["draw.inversion_eta=0.5", "draw.mode=renoise", "draw.inversion_steps=3"], ["draw.inversion_eta"]),
+        ("diffusion", ["draw.mode=inversion", "draw.inversion_eta=0.5"], []),
+        ("text", ["reference.ema_decay=0.5"], ["reference.ema_decay"]),
+        ("text", ["reference={kind: ema, ema_decay: 0.5}"], []),
+        ("text", ["train.betas=[0.1, 0.2]", "train.optimizer=sgd"], ["train.betas"]),
+        ("text", ["train.betas.1=0.2", "train.optimizer=sgd"], ["train.betas"]),
+        ("text", ["train.betas=[0.1, 0.2]"], []),
+        ("text", ["train.round_prompts=3"], ["train.round_prompts"]),
+        ("text", ["judge.options={x: 1}"], ["judge.options"]),
+        ("text", ["judge.options.allow_download=true"], []),
+        ("text", ["reference={kind: none, cache: sums}"], ["reference.cache"]),
+    ],
+)
+def test_settings_that_nothing_reads_are_told(modality: str, words: list[str], named: list[str]) -> None:
+    found = notes(load(modality, words))
+    assert [line.split(":")[0] for line in found] == [f"command line {name}" for name in named], found
+    assert all(": not read; it goes with " in line for line in found)
+
+
+def test_a_dumped_recipe_repeats_no_default_as_unread(tmp_path: Path) -> None:
+    path = write(tmp_path, "r.yaml", dump(load("text", ["train.round_prompts=3"])))
+    (found,) = notes(load(path))
+    assert re.match(r".*r.yaml:\d+:\d+ train.round_prompts: not read", found)
+
+
+def test_a_recipe_of_another_modality_is_told_as_such() -> None:
+    (found,) = problems("text", [], "diffusion")
+    assert re.fullmatch(r"text\w*.yaml:\d+:1 modality: recipe text is of modality text \(got --modality diffusion, .*", found)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["judge.name=sentimnt"], "judge.name: no 'sentimnt' in judges .*; did you mean 'sentiment'"),
+        (
+            ["judge.name=sentiment", "judge.options.nope=1"],
+            "judge.options.nope: unknown key .got 'nope', expected none: it takes",
+        ),
+        (["judge.name=hpsv2", "judge.options.batchsize=1"], "judge.options.batchsize: unknown key .*did you mean 'batch_size'"),
+        (
+            ["judge.name=hpsv2", "judge.options.batch_size=many"],
+            "judge.options.batch_size: wrong value .got many, expected a val",
+        ),
+        (["judge.name=hpsv2", "judge.options.path=x"], "judge.options.path: unknown key"),
+        (["judge.name=nobody:judge"], "judge.name: .* allow it with --plugin nobody"),
+        (["judge.name=tests.tiny_run:brightness", "judge.options.x=1"], "judge.options.x: unknown key"),
+    ],
+)
+def test_judges_that_cannot_work_are_told(words: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "PLUGINS", {"tests.tiny_run"})
+    (found,) = problems("diffusion", words, losses=True)
+    assert re.match(f"command line {problem}", found), found
+
+
+def test_judges_that_can_work_are_not_imported() -> None:
+    code = (
+        "import sys\nfrom mmpo import recipe, signatures\n"
+        "assert recipe._judge_problems({'name': 'aesthetic', 'options': {'head': 'x', 'batch_size': 2}}, {}) == []\n"
+        "assert all(signatures.options('judges', name) is not None for name in recipe.signatures.find.names('judges'))\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_every_loss_has_parameters_that_a_recipe_can_give() -> None:
     from mmpo.find import names
 
@@ -376,7 +473,8 @@ def test_every_setting_is_described_and_no_section_takes_unknown_keys() -> None:
 
 @pytest.mark.parametrize("name", recipes.configs())
 def test_shipped_recipes_are_valid(name: str) -> None:
-    assert load(name, losses=True).recipe.objective
+    found = load(name, losses=True)
+    assert found.recipe.objective and notes(found) == []
 
 
 # From the authors' launchers: kappa (beta_dpo / 2, or beta where there is no half), pairs a step, on how many devices,

@@ -31,7 +31,12 @@ SCORED = [("score", pa.float64()), ("seed", pa.int64())]
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
     others = columns & {"chosen", "rejected", "rejected_response", "completions"}
-    return kind in ("parquet", "jsonl", "csv") and "prompt" in columns and bool(columns & {"image", "response"}) and not others
+    return (
+        kind in ("parquet", "json", "jsonl", "csv")
+        and "prompt" in columns
+        and bool(columns & {"image", "response"})
+        and not others
+    )
 
 
 def candidates(

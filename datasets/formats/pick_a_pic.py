@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
-    return kind in ("parquet", "jsonl", "csv") and columns >= KEEP
+    return kind in ("parquet", "json", "jsonl", "csv") and columns >= KEEP
 
 
 def pick_a_pic(

@@ -22,7 +22,7 @@ DISLIKED = {"0", "0.0", "false", "exclusive_lose"}
 
 def recognises(kind: str, columns: frozenset[str]) -> bool:
     named = [{"file_path", "file_name"} & columns, {"label", "split"} & columns, {"caption"} & columns]
-    return kind in ("csv", "jsonl", "parquet") and all(named)
+    return kind in ("csv", "json", "jsonl", "parquet") and all(named)
 
 
 def unpaired_csv(

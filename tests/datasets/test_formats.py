@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,61 @@ def test_folder_of_parquets_and_paths_in_cells(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / f"{shard}.parquet")
     pairs, _ = load(tmp_path)
     assert [p.caption for p in pairs] == ["c0", "c1"] and pairs[0].rejected[0].path == "a.png"
+
+
+GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        (
+            "a.jsonl",
+            "{bad\n" * 100 + GOOD,
+            "the first 100 rows are all bad: a.jsonl:line 1 field '.line.': expected a JSON object",
+        ),
+        ("a.jsonl", "{bad\n" * 3, "no row can be read: a.jsonl:line 1 "),
+        ("a.jsonl", GOOD.encode("utf-16"), "expected text in UTF-8; found UTF-16"),
+        ("a.jsonl", GOOD.encode("utf-16-be"), "expected text in UTF-8; found UTF-16"),
+        ("a.csv", "prompt,chosen,rejected\np,a,b\n".encode("utf-16"), "expected text in UTF-8; found UTF-16"),
+        ("a.json", '{\n "prompt": "p",\n "chosen": "a"\n}\n', "or one JSON object a line; found one object over many lines"),
+        (
+            "a.csv",
+            "prompt;chosen;rejected\np;a;b\n",
+            "separated by commas .*; found the header prompt;chosen;rejected, with ';'",
+        ),
+        ("a.csv", "prompt,chosen,rejected\n", "there is nothing to read in it: no rows"),
+        ("a.jsonl", "", "there is nothing to read"),
+    ],
+)
+def test_a_file_with_a_bad_head_is_told_what_is_wrong_with_it(tmp_path: Path, name: str, raw: str | bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    report = validate(tmp_path / name)
+    assert report.bad and re.search(said, report.fatal or ""), report.fatal
+    if "set the format" in str(report.fatal) and GOOD in str(raw):
+        found = validate(tmp_path / name, format="trl")
+        assert found.pairs == 1 and found.ledger.refused == {"bad JSON": 100}
+
+
+def test_splits_side_by_side_are_refused_and_hidden_files_left_out(tmp_path: Path) -> None:
+    """Read as one table, the test split would train."""
+    data, table = tmp_path / "data", pa.Table.from_pylist([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    data.mkdir()
+    for name in ("train_sft-00000-of-00002", "train_sft-00001-of-00002", ".tmp-123"):
+        pq.write_table(table, data / f"{name}.parquet")
+    assert len(load(tmp_path)[0]) == 2
+    told = validate(tmp_path).lines()
+    files = "data/train_sft-00000-of-00002.parquet, data/train_sft-00001-of-00002.parquet"
+    assert f"{tmp_path}: reads 2 parquet files: {files}" in told
+    assert f"{tmp_path}: leaves out 1 with a hidden name: data/.tmp-123.parquet" in told
+    for other in ("data/test-00000-of-00001", "validation/0000", "dev"):
+        path = tmp_path / f"{other}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(table, path)
+        with pytest.raises(DataError, match=rf"2 splits: .*{other}.parquet.*; name one file, or a folder of one split"):
+            load(tmp_path)
+        assert len(load(path)[0]) == 1
+        path.unlink()
 
 
 def photo_pairs(photos: dict[str, np.ndarray]) -> list[Pair]:

@@ -389,7 +389,7 @@ def test_parquet_csv_gzip_and_lists(tmp_path: Path) -> None:
         assert [sides(p) for p in load(tmp_path / name)[0]] == [PLAIN] * 2
     assert len(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).splitlines()) == 2
     assert len(json.loads((tmp_path / "a.json").read_text())) == 2
-    with pytest.raises(DataError, match=r"a name that ends in .jsonl, .jsonl.gz or .json"):
+    with pytest.raises(RecipeError, match=r"a name that ends in .jsonl, .jsonl.gz or .json"):
         write_swift([pair], tmp_path / "a.parquet")
     assert write_trl([], tmp_path / "empty.json") == 0 and json.loads((tmp_path / "empty.json").read_text()) == []
 

@@ -1,6 +1,7 @@
 """T4: every row of a file in which three of ten rows are damaged ends as used, skipped or refused, for its own reason.
 
-The same rows are written as JSON lines, gzipped JSON lines, CSV and parquet, as far as each of them can hold the damage.
+The same rows are written as JSON lines, gzipped JSON lines, a JSON list, CSV and parquet, as far as each of them can hold the
+damage.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from mmpo import cli, media, prepare
-from mmpo.datasets import tables
+from mmpo.datasets import json_rows, tables
 from mmpo.datasets.formats.candidates import write_candidates
 from mmpo.datasets.ledger import BadField, Ledger
 from mmpo.datasets.load import load, load_candidates
@@ -39,10 +40,11 @@ from mmpo.schema import Recipe
 from tests.reliability.counters import FULL, counter
 from tests.tiny_run import make_world, settings
 
-ROWS = 10_000 if FULL else 1_000  # of each of the four files
-KILLS = 10 if FULL else 3  # of each of the four
-JSONL, CSV, PARQUET = {"jsonl", "jsonl.gz"}, {"csv"}, {"parquet"}
-ALL = JSONL | CSV | PARQUET
+ROWS = 10_000 if FULL else 1_000  # of each of the five files
+KILLS = 10 if FULL else 3  # of each of the five
+LINES, CSV, PARQUET = {"jsonl", "jsonl.gz"}, {"csv"}, {"parquet"}
+JSON = LINES | {"json"}
+ALL = JSON | CSV | PARQUET
 COLUMNS = [
     "id", "caption", "jpg_0", "jpg_1", "label_0", "label_1", "are_different", "has_label", "weight", "margin", "score_0",
     "score_1",
@@ -68,25 +70,25 @@ def nested(line: bytes) -> bytes:
 DAMAGES = {
     "key missing": Damage("missing prompt", ALL, {"caption": None}),
     "text blank": Damage("missing prompt", ALL, {"caption": " \t "}),
-    "text a number": Damage("wrong type of caption", JSONL, {"caption": 7}),
-    "text a list": Damage("wrong type of caption", JSONL, {"caption": ["a"]}),
-    "text half a surrogate pair": Damage("not Unicode", JSONL, {"caption": "a \ud800 b"}),
+    "text a number": Damage("wrong type of caption", JSON, {"caption": 7}),
+    "text a list": Damage("wrong type of caption", JSON, {"caption": ["a"]}),
+    "text half a surrogate pair": Damage("not Unicode", JSON, {"caption": "a \ud800 b"}),
     "text over a million characters": Damage("too long", ALL, {"caption": "x" * 1_000_001}),
     "label missing": Damage("missing label_0", ALL, {"label_0": None}),
-    "label a word": Damage("wrong type of label_0", JSONL | CSV, {"label_0": "yes"}),
-    "label a boolean": Damage("wrong type of label_0", JSONL | CSV, {"label_0": True}),
+    "label a word": Damage("wrong type of label_0", JSON | CSV, {"label_0": "yes"}),
+    "label a boolean": Damage("wrong type of label_0", JSON | CSV, {"label_0": True}),
     "label NaN": Damage("label_0 not finite", ALL, {"label_0": float("nan")}),
     "label infinite": Damage("label_1 not finite", ALL, {"label_1": float("-inf")}),
-    "label of 400 digits": Damage("label_0 not finite", JSONL | CSV, {"label_0": 10**400}),
+    "label of 400 digits": Damage("label_0 not finite", JSON | CSV, {"label_0": 10**400}),
     "label no probability": Damage("bad label_0", ALL, {"label_0": 2.0}),
     "labels that are no preference": Damage("bad label_1", ALL, {"label_0": 1.0, "label_1": 1.0}),
     "score NaN": Damage("score_0 not finite", ALL, {"score_0": float("nan")}),
     "score of one side": Damage("missing score_1", ALL, {"score_1": None}),
     "weight negative": Damage("bad weight", ALL, {"weight": -1.0}),
     "margin infinite": Damage("margin not finite", ALL, {"margin": float("inf")}),
-    "flag a word": Damage("wrong type of has_label", JSONL | CSV, {"has_label": "maybe"}),
+    "flag a word": Damage("wrong type of has_label", JSON | CSV, {"has_label": "maybe"}),
     "image missing": Damage("missing image", ALL, {"jpg_0": None}),
-    "image a number": Damage("wrong type of jpg_0", JSONL, {"jpg_0": 3}),
+    "image a number": Damage("wrong type of jpg_0", JSON, {"jpg_0": 3}),
     "image absent": Damage("missing file", ALL, {"jpg_0": "img/none.png"}),
     "image a folder": Damage("not a regular file", ALL, {"jpg_0": "img"}),
     "image a pipe": Damage("not a regular file", ALL, {"jpg_1": "img/pipe"}),
@@ -95,7 +97,7 @@ DAMAGES = {
     "image no image": Damage("undecodable image", ALL, {"jpg_1": "img/text.png"}),
     "path up": Damage("forbidden path", ALL, {"jpg_0": "../secret.png"}),
     "path absolute": Damage("forbidden path", ALL, {"jpg_0": "/etc/passwd"}),
-    "path with NUL": Damage("forbidden path", JSONL | PARQUET, {"jpg_0": "img/0.png\0"}),
+    "path with NUL": Damage("forbidden path", JSON | PARQUET, {"jpg_0": "img/0.png\0"}),
     "path a link out": Damage("path leaves the root", ALL, {"jpg_0": "img/out.png"}),
     "URL": Damage("URL", ALL, {"jpg_0": "https://example.org/a.png"}),
     "URL of a file": Damage("URL", ALL, {"jpg_0": "file:img/0.png"}),
@@ -104,13 +106,13 @@ DAMAGES = {
     "no label": Damage("has_label is false", ALL, {"has_label": False}, skipped=True),
     "not different": Damage("are_different is false", ALL, {"are_different": False}, skipped=True),
     "id repeated": Damage("duplicate id", ALL),
-    "id a list": Damage("wrong type of id", JSONL, {"id": [1]}),
-    "line not JSON": Damage("bad JSON", JSONL, line=lambda _: b"{caption: 1}\n"),
-    "line cut short": Damage("bad JSON", JSONL, line=lambda line: line[: len(line) // 2] + b"\n"),
-    "line a list": Damage("not an object", JSONL, line=lambda line: b"[" + line.strip(b"\xef\xbb\xbf\r\n") + b"]\n"),
-    "line nested 1,000 deep": Damage("nested too deep", JSONL, line=nested),
-    "line of 10 MB": Damage("too long", JSONL | CSV, line=lambda line: b'"' + b"x" * 10_000_000 + b'"\n'),
-    "key repeated": Damage("repeated key", JSONL, line=lambda line: b'{"caption": "again", ' + line.lstrip(b"\xef\xbb\xbf{")),
+    "id a list": Damage("wrong type of id", JSON, {"id": [1]}),
+    "line not JSON": Damage("bad JSON", LINES, line=lambda _: b"{caption: 1}\n"),
+    "line cut short": Damage("bad JSON", LINES, line=lambda line: line[: len(line) // 2] + b"\n"),
+    "line a list": Damage("not an object", JSON, line=lambda line: b"[" + line.strip(b"\xef\xbb\xbf\r\n") + b"]\n"),
+    "line nested 1,000 deep": Damage("nested too deep", JSON, line=nested),
+    "line of 10 MB": Damage("too long", LINES | CSV, line=lambda line: b'"' + b"x" * 10_000_000 + b'"\n'),
+    "key repeated": Damage("repeated key", JSON, line=lambda line: b'{"caption": "again", ' + line.lstrip(b"\xef\xbb\xbf{")),
     "bytes no UTF-8": Damage("bad UTF-8", ALL, line=lambda line: line.replace(b"row", b"r\xffw", 1)),
     "cell missing": Damage("wrong number of columns", CSV, line=lambda line: line.split(b",", 1)[1]),
     "cell too many": Damage("wrong number of columns", CSV, line=lambda line: b"0," + line),
@@ -161,6 +163,8 @@ def write(kind: str, found: Table, path: Path) -> dict[str, str]:
     """Write the file; returns the reason of each bad row by its location."""
     if kind == "parquet":
         return write_parquet(found, path)
+    if kind == "json":
+        return write_list(found, path)
     head = csv_line(dict(zip(COLUMNS, COLUMNS, strict=True))) if kind == "csv" else b""
     body, line, reasons = [b"\xef\xbb\xbf" + head if head else b""], 1 + bool(head), {}
     for number, (row, damage) in enumerate(found.rows):
@@ -172,6 +176,19 @@ def write(kind: str, found: Table, path: Path) -> dict[str, str]:
         body.append(written)
         line += written.count(b"\n")
     path.write_bytes(gzip.compress(b"".join(body), 1) if kind == "jsonl.gz" else b"".join(body))
+    return reasons
+
+
+def write_list(found: Table, path: Path) -> dict[str, str]:
+    """The lines of JSON as the items of one list, with the line ends and blanks of any system between them."""
+    reasons, items = {}, []
+    for number, (row, damage) in enumerate(found.rows):
+        written = json_line(row, number)
+        written = (damage.line(written) if damage and damage.line else written).removeprefix(b"\xef\xbb\xbf")
+        items.append(written if number % 2 else written.strip())
+        if damage and not damage.skipped:
+            reasons[f"{path.name}:row {number}"] = damage.reason
+    path.write_bytes(b"\xef\xbb\xbf [" + b",".join(items) + b"]\r\n")
     return reasons
 
 
@@ -250,7 +267,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_t4_conservation(root: Path, tmp_path: Path) -> None:
     """used + skipped + refused is the input, exact for each reason and location; so it is in other orders and after kills."""
     start, rows, pairs_lost, kills = time.monotonic(), 0, 0, 0
-    for kind in ("jsonl", "jsonl.gz", "csv", "parquet"):
+    for kind in ("jsonl", "jsonl.gz", "json", "csv", "parquet"):
         found, path = table(kind, ROWS), root / f"rows.{kind}"
         reasons = write(kind, found, path)
         pairs, ledger = load(path, on_bad="quarantine")
@@ -266,7 +283,7 @@ def test_t4_conservation(root: Path, tmp_path: Path) -> None:
         write(kind, Table(found.rows[:1000]), root / f"short.{kind}")
         kills += killed_and_resumed(root / f"short.{kind}", tmp_path / kind)
     assert pairs_lost == 0
-    what = f"rows, 30 % damaged in {len(DAMAGES)} ways, 4 formats, shuffled, {kills} kills"
+    what = f"rows, 30 % damaged in {len(DAMAGES)} ways, 5 formats, shuffled, {kills} kills"
     counter("T4", what, rows, f"{rows} accounted for, 0 pairs lost or doubled", time.monotonic() - start)
 
 
@@ -300,7 +317,9 @@ def killed_and_resumed(path: Path, folder: Path) -> int:
     return KILLS
 
 
-ALONE = [(n, kind) for n, d in DAMAGES.items() for kind in ("jsonl", "csv", "parquet") if kind in d.kinds and n not in RARE]
+ALONE = [
+    (n, kind) for n, d in DAMAGES.items() for kind in ("jsonl", "json", "csv", "parquet") if kind in d.kinds and n not in RARE
+]
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in ALONE if name != "id repeated"])
@@ -376,11 +395,29 @@ def test_a_quotation_without_end_spoils_its_own_line_only(tmp_path: Path, rows: 
     assert [row["a"] for _, row in found if not isinstance(row, BadField)] == [*map(str, range(rows)), "7", "9"]
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[", "[1", "[1,", "[1,]", "[1] 2", "[,1]", "[1 2]", '[{"a": 1]', "[" * 100_000, "{}", "[nil]"]
+)
+def test_a_broken_list_is_no_list(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="a.json: not readable JSON: "):
+        list(tables.json_rows(tmp_path / "a.json"))
+
+
+def test_items_of_a_list_are_read_one_by_one(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.json").write_text(f' [ {{"a": "]}}"}} , {{"a": {deep}}},\n{{"a": {{"b": 1, "b": 2}}}}, 7, [], {{}} ] ')
+    found = [row.reason if isinstance(row, BadField) else row for _, row in tables.json_rows(tmp_path / "a.json")]
+    assert found == [{"a": "]}"}, "nested too deep", "repeated key", "not an object", "not an object", {}]
+    (tmp_path / "a.json").write_text("[ ]\n")
+    assert list(tables.json_rows(tmp_path / "a.json")) == []
+
+
 def test_a_string_full_of_brackets_is_not_deep_and_quotes_do_not_slow_it_down() -> None:
-    assert tables._depth(json.dumps({"a": "[" * 5000 + '\\"' + "{" * 5000})) == 1
-    assert tables._depth("[" * 70 + "]" * 70) == 70
+    assert json_rows.depth(json.dumps({"a": "[" * 5000 + '\\"' + "{" * 5000})) == 1
+    assert json_rows.depth("[" * 70 + "]" * 70) == 70
     start = time.monotonic()
-    tables._depth("[" * 100 + '"' + '\\"' * 200_000)  # a string that never ends
+    json_rows.depth("[" * 100 + '"' + '\\"' * 200_000)  # a string that never ends
     assert time.monotonic() - start < 1
 
 

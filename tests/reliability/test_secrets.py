@@ -47,8 +47,10 @@ SETTINGS = {
     "judge.options.echo": CANARIES["HF_TOKEN"],
     "judge.options.secrets": "{a: canary18secret}",
     "judge.options.credentials": "[canary19credential]",
+    "judge.options.letters": "[hf_canaryAbCdEfGhIjKlMnOpQr, sk-proj-canaryEFGHijklMNOPqrst]",
+    "judge.options.lower": "glpat-canaryghijklmnopqrst",
 }
-COUNT = 20
+COUNT = 23
 
 
 def told(path: str | None = None, device: str = "cpu", **options: Any) -> Any:
@@ -181,6 +183,12 @@ def test_errors_are_masked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
         ("path", "/data/hf_datasets/x", "/data/hf_datasets/x"),
         ("path", "runs/task-evaluation-2024", "runs/task-evaluation-2024"),
         ("x", "a hf_AbCdEfGh1234 b", "a *** b"),
+        ("x", "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh", "***"),
+        ("x", "a sk-proj-abcdEFGHijklMNOPqrst b", "a *** b"),
+        ("x", "glpat-abcdefghijklmnopqrst", "***"),
+        ("x", "AKIAABCDEFGHIJKLMNOP", "***"),
+        ("x", "hf_hub_download of sk-learn-something-else", "hf_hub_download of sk-learn-something-else"),
+        ("path", "/data/hf_datasets_of_preference_pairs/x", "/data/hf_datasets_of_preference_pairs/x"),
         ("x", {"a": [{"secret": "s"}]}, {"a": [{"secret": "***"}]}),
         ("key", None, None),
         ("token", True, True),
