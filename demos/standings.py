@@ -23,20 +23,33 @@ def results(ballots: Sequence[Ballot], pool: Pool, mode: Mode, voter: str) -> di
         "mode": mode,
         "votes": len(ballots),
         "voters": len({ballot.voter for ballot in ballots}),
-        "agreement": agreement(ballots),
         "who": [_named(ballot, pool) for ballot in own[:SHOWN] if ballot.left in pool.by_id and ballot.right in pool.by_id],
         "own": len(own),
     }
-    return found | (ranking(ballots, pool) if mode == "label" else table(ballots, pool))
+    return found | agreement(ballots, pool, mode) | (ranking(ballots, pool) if mode == "label" else table(ballots, pool))
 
 
-def agreement(ballots: Sequence[Ballot]) -> float | None:
-    """Krippendorff's alpha of who was preferred (an entry, neither, or both bad), over pairs of answers that several saw."""
-    said: dict[frozenset[str], list[Hashable]] = defaultdict(list)
+def agreement(ballots: Sequence[Ballot], pool: Pool, mode: Mode) -> dict[str, Any]:
+    """Krippendorff's alpha of what was preferred, over the pairs of answers that several voters saw; `why` where it is None.
+
+    Chance is estimated from how often each label is used, so labels have to recur from pair to pair: that of one system or the
+    other where there are two and each answer has one, else of the lower or the higher id, which are as good as drawn. Besides
+    them "tie" and "both_bad".
+    """
+    by_system = mode == "vote" and len(pool.systems) == 2 and all(entry.system for entry in pool.entries)
+    units: dict[tuple[str, str], list[Hashable]] = defaultdict(list)
     for ballot in ballots:
-        preferred = {"left": ballot.left, "right": ballot.right}.get(ballot.choice, ballot.choice)
-        said[frozenset((ballot.left, ballot.right))].append(preferred)
-    return krippendorff_alpha(said.values())
+        couple = ballot.left, ballot.right
+        if by_system and not all(id in pool.by_id for id in couple):
+            continue
+        first, second = sorted(couple, key=lambda id: pool.by_id[id].system if by_system else id)
+        preferred = {"left": ballot.left, "right": ballot.right}.get(ballot.choice)
+        units[first, second].append(ballot.choice if preferred is None else preferred == first)
+    alpha = krippendorff_alpha(units.values())
+    why = "no comparison was voted on by two people"
+    if any(len(labels) > 1 for labels in units.values()):
+        why = "every vote on what several people saw says the same, so that chance would agree as well"
+    return {"agreement": alpha, "why": why if alpha is None else None}
 
 
 def table(ballots: Sequence[Ballot], pool: Pool) -> dict[str, Any]:

@@ -130,7 +130,7 @@
     const lines = [`${told.votes} votes by ${told.voters} ${told.voters === 1 ? "voter" : "voters"}.`];
     const rate = told.win_rate;
     if (rate) lines.push(`${rate.of} wins ${percent(rate.value)} of its comparisons with ${rate.over} (95 % interval ${percent(rate.low)} to ${percent(rate.high)}, ties count half).`);
-    lines.push(told.agreement === null ? "Agreement: not defined, too few comparisons were voted on twice." : `Agreement between voters (Krippendorff's alpha): ${told.agreement.toFixed(2)}.`);
+    lines.push(told.agreement === null ? `Agreement between voters: not defined, ${told.why}.` : `Agreement between voters (Krippendorff's alpha): ${told.agreement.toFixed(2)}.`);
     return [make("h2", {}, "Who was who"), ...lines.map((line) => make("p", {}, line))];
   }
 
