@@ -116,6 +116,10 @@ class Pool:
         couples = (itertools.combinations(entries, 2) for entries in self.items.values())
         return [(a, b) for a, b in itertools.chain.from_iterable(couples) if a.digest != b.digest]
 
+    def asked(self, mode: Mode) -> list[tuple[Entry, Entry]]:
+        """The matchups that are voted on: in mode "vote" none of a system with itself, which would say nothing of systems."""
+        return [(a, b) for a, b in self.matchups if mode == "label" or not a.system or a.system != b.system]
+
 
 def open_pool(source: Path, mode: Mode = "vote") -> Pool:
     """Read what people are to compare.
@@ -131,8 +135,11 @@ def open_pool(source: Path, mode: Mode = "vote") -> Pool:
     ledger = Ledger("skip")
     entries = tidied(_entries(source, mode, ledger), ledger)
     pool = Pool(source, tuple(entries), ledger)
-    if not pool.matchups:
-        raise DataError(f"{source}: no two different answers to the same item\n{ledger}")
+    if not (asked := pool.asked(mode)):
+        more = " by different systems; `mmpo demo label` compares answers of one system" if pool.matchups else ""
+        raise DataError(f"{source}: no two different answers to the same item{more}\n{ledger}")
+    if own := len(pool.matchups) - len(asked):
+        ledger.notes["comparisons of two answers of one system (not asked)"] += own
     if same := sum(len(e) * (len(e) - 1) // 2 for e in pool.items.values()) - len(pool.matchups):
         ledger.notes["comparisons of two equal answers (not asked)"] += same
     return pool

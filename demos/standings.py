@@ -40,7 +40,7 @@ def agreement(ballots: Sequence[Ballot], pool: Pool, mode: Mode) -> dict[str, An
     units: dict[tuple[str, str], list[Hashable]] = defaultdict(list)
     for ballot in ballots:
         couple = ballot.left, ballot.right
-        if by_system and not all(id in pool.by_id for id in couple):
+        if by_system and outcome(ballot, pool, mode) is None:
             continue
         first, second = sorted(couple, key=lambda id: pool.by_id[id].system if by_system else id)
         preferred = {"left": ballot.left, "right": ballot.right}.get(ballot.choice)

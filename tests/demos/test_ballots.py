@@ -15,7 +15,7 @@ from mmpo.demos.pool import Pool
 from mmpo.demos.standings import results
 from mmpo.errors import DataError
 from mmpo.lock import RunBusy
-from tests.demos.pools import text_pool
+from tests.demos.pools import doubled_pool, text_pool
 
 
 def opened(folder: Path, items: int = 6, mode: str = "vote", **more: object) -> Ballots:
@@ -143,6 +143,28 @@ def test_any_history_is_what_a_list_would_say(
         assert sorted(b.choice for b in ballots.standing() if b.voter == voter) == sorted(said)
         assert ballots.progress(voter) == (len(said), 8)
     ballots.close()
+
+
+def test_a_system_is_not_asked_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither anew nor where such a comparison was left open, and votes that were cast on one say nothing of systems."""
+    pool = doubled_pool()
+    with monkeypatch.context() as before:
+        before.setattr(Pool, "asked", lambda pool, mode: [(a, b) for a, b in pool.matchups if a.system == b.system])
+        ballots = Ballots(tmp_path, pool)
+        for number in range(2):
+            served = ballots.serve("ann")
+            assert served is not None
+            ballots.vote("ann", served.id, "left", nonce(number)) if number == 0 else None
+        ballots.close()
+    again = Ballots(tmp_path, pool)
+    for voter in ("ann", *(f"voter {i}" for i in range(20))):
+        served = again.serve(voter)
+        assert served is not None and served.left.system != served.right.system
+    again.vote("voter 19", served.id, "left", nonce(9))
+    told = results(again.standing(), pool, "vote", "ann")
+    assert told["votes"] == 2 and told["win_rate"]["n"] == 1 and sum(row["wins"] for row in told["systems"]) == 1
+    assert Ballots(tmp_path / "label", pool, "label").progress("ann") == (0, 4 * 6)
+    again.close()
 
 
 # Labelling

@@ -155,6 +155,27 @@ def test_candidates_that_name_their_models(tmp_path: Path) -> None:
     assert pool.systems == ["m0", "m1", "m2"] and len(pool.matchups) == 3
 
 
+def test_a_system_is_not_compared_with_itself(tmp_path: Path) -> None:
+    """A prompt that occurs twice, and two files of one stem, give two answers of one system to the same item."""
+    rows = [
+        {"instruction": "q", "models": [], "completions": [{"model": f"m{k}", "response": f"{take}{k}", "overall_score": k}]}
+        for take in "ab"
+        for k in range(2)
+    ]
+    (tmp_path / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture_folder(tmp_path / "set", 1)
+    Image.fromarray(picture(9)).save(tmp_path / "set" / "base" / "000.jpg")
+    for source, asked, own in ((tmp_path / "u.jsonl", 4, 2), (tmp_path / "set", 2, 1)):
+        pool = open_pool(source)
+        assert len(pool.asked("vote")) == asked and all(a.system != b.system for a, b in pool.asked("vote"))
+        assert pool.ledger.notes["comparisons of two answers of one system (not asked)"] == own
+        labelled = open_pool(source, "label")
+        assert len(labelled.asked("label")) == asked + own and not labelled.ledger.notes
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::2]))
+    with pytest.raises(DataError, match="by different systems; `mmpo demo label` compares"):
+        open_pool(tmp_path / "one.jsonl")
+
+
 def test_pairs_are_no_candidates(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(DataError, match="holds pairs of format trl"):
