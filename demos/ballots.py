@@ -206,9 +206,25 @@ class Ballots:
         return entries[i], entries[j]
 
     def progress(self, voter: str) -> tuple[int, int]:
-        """How many votes of this voter stand, and how many there can be."""
-        (done,) = self._db.execute("SELECT COUNT(*) FROM standing WHERE voter = ?", (voter,)).fetchone()
-        return done, len(self._place) if self.mode == "vote" else sum(self._limits.values())
+        """How many votes of this voter stand on what is asked here, and how many there can be."""
+        places = [place for _, place in self._cast(voter) if place is not None]
+        if self.mode == "vote":
+            return len(places), len(self._place)
+        done = Counter(self._asked[place][0].item for place in places)
+        return sum(min(done[item], limit) for item, limit in self._limits.items()), sum(self._limits.values())
+
+    def others(self, voter: str) -> int:
+        """How many votes of this voter stand on answers that have changed since, or are not asked about any more."""
+        return sum(place is None for _, place in self._cast(voter))
+
+    def _cast(self, voter: str) -> list[tuple[str, int | None]]:
+        """The comparisons on which a vote of this voter stands, the last one first, and the place of its two answers."""
+        rows = self._db.execute(
+            "SELECT s.comparison, c.left_entry, c.right_entry FROM standing s JOIN comparisons c ON c.id = s.comparison "
+            "WHERE s.voter = ? ORDER BY s.number DESC",
+            (voter,),
+        )
+        return [(comparison, self._place.get(frozenset(couple))) for comparison, *couple in rows]
 
     def served(self, voter: str, comparison: str) -> Served:
         """A comparison that was served to this voter. Raises Refused for any other."""
@@ -236,17 +252,19 @@ class Ballots:
         self._add(comparison, voter, nonce, choice)
 
     def undo(self, voter: str, nonce: Any) -> bool:
-        """Take back the last vote of this voter that stands; False when there is none. Idempotent by nonce. Raises Refused."""
+        """Take back the last vote of this voter that stands on what is asked here; False when there is none.
+
+        Idempotent by nonce. Raises Refused.
+        """
         again = "SELECT 1 FROM votes WHERE voter = ? AND nonce = ? AND choice = ?"
         if self._db.execute(again, (voter, _checked(nonce), UNDO)).fetchone():
             return True
         if self.finished(voter):
             raise Refused(409, "this voter has finished and seen who was who; no vote can be taken back")
-        last = "SELECT comparison FROM standing WHERE voter = ? ORDER BY number DESC LIMIT 1"
-        found = self._db.execute(last, (voter,)).fetchone()
-        if found:
-            self._add(found[0], voter, nonce, UNDO)
-        return found is not None
+        last = next((comparison for comparison, place in self._cast(voter) if place is not None), None)
+        if last is not None:
+            self._add(last, voter, nonce, UNDO)
+        return last is not None
 
     def _add(self, comparison: str, voter: str, nonce: str, choice: str) -> None:
         with self._writing() as db:

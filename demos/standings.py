@@ -17,11 +17,16 @@ ITEMS = 20  # items whose answers are ranked on the page
 
 
 def results(ballots: Sequence[Ballot], pool: Pool, mode: Mode, voter: str) -> dict[str, Any]:
-    """Win rate, table of systems or ranking of answers, agreement, and the voter's own comparisons with their systems."""
+    """Win rate, table of systems or ranking of answers, agreement, and the voter's own comparisons with their systems.
+
+    others: of the votes, those on answers that have changed since, or are not asked about any more.
+    """
+    asked = {frozenset((a.id, b.id)) for a, b in pool.asked(mode)}
     own = [ballot for ballot in ballots if ballot.voter == voter]
     found = {
         "mode": mode,
         "votes": len(ballots),
+        "others": sum(frozenset((ballot.left, ballot.right)) not in asked for ballot in ballots),
         "voters": len({ballot.voter for ballot in ballots}),
         "who": [_named(ballot, pool) for ballot in own[:SHOWN] if ballot.left in pool.by_id and ballot.right in pool.by_id],
         "own": len(own),

@@ -70,7 +70,7 @@ class Desk:
 
     def _progress(self, voter: str) -> dict[str, Any]:
         done, total = self.ballots.progress(voter)
-        return {"done": done, "total": total, "finished": self.ballots.finished(voter)}
+        return {"done": done, "total": total, "others": self.ballots.others(voter), "finished": self.ballots.finished(voter)}
 
     async def _vote(self, request: Request) -> Response:
         """Store {comparison, choice, nonce}; choice may also be undo, or finish, which need no comparison."""

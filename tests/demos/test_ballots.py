@@ -263,3 +263,31 @@ def test_answers_that_are_gone_are_not_served(tmp_path: Path) -> None:
     again = Ballots(tmp_path, smaller, "vote")
     assert all(found.left.item in "01" for voter in range(8) if (found := again.serve(str(voter))))
     assert results(again.standing(), smaller, "vote", "1")["votes"] == 4
+
+
+def test_votes_on_answers_that_are_gone_are_no_progress_and_stand(tmp_path: Path) -> None:
+    ballots = opened(tmp_path)
+    while served := ballots.serve("ann"):
+        ballots.vote("ann", served.id, "left", nonce(len(ballots.standing())))
+    ballots.close()
+    again = Ballots(tmp_path, Pool(Path("/nowhere"), text_pool(6).entries[:8]))
+    assert again.progress("ann") == (4, 4) and again.others("ann") == 2 and again.progress("bob") == (0, 4)
+    assert [again.undo("ann", nonce(10 + i)) for i in range(6)] == [True] * 4 + [False] * 2
+    assert again.progress("ann") == (0, 4) and again.others("ann") == 2 == len(again.standing())
+    again.close()
+
+
+def test_progress_of_a_ranking_has_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes from when more was asked for, because there were more answers, are no more than what is asked for now."""
+    pool = text_pool(1, "abcdefgh")
+    with monkeypatch.context() as before:
+        before.setattr("mmpo.demos.ballots.limits", lambda pool: {"0": 28})
+        ballots = Ballots(tmp_path, pool, "label")
+        for number in range(28):
+            served = ballots.serve("ann")
+            assert served is not None
+            ballots.vote("ann", served.id, "left", nonce(number))
+        ballots.close()
+    again = Ballots(tmp_path, pool, "label")
+    assert again.progress("ann") == (24, 24) and again.serve("ann") is None and again.others("ann") == 0
+    again.close()

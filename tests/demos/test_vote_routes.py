@@ -52,7 +52,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 
 def test_an_acknowledgement_counts_what_is_stored(client: Client) -> None:
-    assert client.vote("left").json() == {"stored": True, "done": 1, "total": 3, "finished": False}
+    assert client.vote("left").json() == {"stored": True, "done": 1, "total": 3, "others": 0, "finished": False}
     assert client("POST", "/vote", json={"choice": "undo", "nonce": "nonce-002"}).json()["done"] == 0
     assert client("POST", "/vote", json={"choice": "undo", "nonce": "nonce-003"}).json()["stored"] is False
     assert client("GET", "/vote", "bob").json()["done"] == 0
@@ -88,6 +88,24 @@ def test_names_are_told_at_the_end_only(client: Client) -> None:
     assert told["win_rate"]["of"] == "aligned" and told["win_rate"]["n"] == 1 and told["agreement"] is None
     assert client("GET", "/vote").json()["comparison"] is None
     assert client("GET", "/vote/results", "bob").status_code == 403
+
+
+def test_votes_on_answers_that_are_gone_end_nothing(tmp_path: Path) -> None:
+    """A voter who has voted on all that was there is asked about what came in its place, before systems are named."""
+    before = Client(text_pool(6), tmp_path)
+    for number in range(6):
+        before.vote("left", f"nonce-{number:03d}")
+    before.desk.close()
+    entries = text_pool(8).entries
+    client = Client(Pool(Path("/nowhere"), entries[:4] + entries[-4:]), tmp_path)  # two of six are left, and two are new
+    counts = {"done": 2, "total": 4, "others": 4, "finished": False}
+    assert client("GET", "/vote").json().items() >= counts.items()
+    assert client("GET", "/vote/results").status_code == 403
+    for number in range(2):
+        assert client.vote("right", f"again-{number:03d}").json()["done"] == 3 + number
+    told = client("GET", "/vote/results").json()
+    assert (told["votes"], told["others"], told["win_rate"]["n"]) == (8, 4, 4)
+    client.desk.close()
 
 
 def test_the_id_of_a_cookie_is_stored_as_a_digest(client: Client) -> None:
