@@ -75,7 +75,7 @@
     left = total - done;
     parts.bar.max = Math.max(total, 1);
     parts.bar.value = done;
-    parts.count.textContent = `${done} of ${total} voted${others ? `, ${others} more on answers that have changed since` : ""}`;
+    parts.count.textContent = `${done} of ${total} voted${others ? `, ${others} more on answers that are not asked about any more` : ""}`;
   }
 
   function show(told) {
@@ -127,7 +127,7 @@
   }
 
   function summary(told) {
-    const lines = [`${told.votes} votes by ${told.voters} ${told.voters === 1 ? "voter" : "voters"}.${told.others ? ` ${told.others} of them are on answers that have changed since, and count for nothing here.` : ""}`];
+    const lines = [`${told.votes} votes by ${told.voters} ${told.voters === 1 ? "voter" : "voters"}.${told.others ? ` ${told.others} of them are on answers that are not asked about any more, and count for nothing here.` : ""}`];
     const rate = told.win_rate;
     if (rate) lines.push(`${rate.of} wins ${percent(rate.value)} of its comparisons with ${rate.over} (95 % interval ${percent(rate.low)} to ${percent(rate.high)}, ties count half).`);
     lines.push(told.agreement === null ? `Agreement between voters: not defined, ${told.why}.` : `Agreement between voters (Krippendorff's alpha): ${told.agreement.toFixed(2)}.`);

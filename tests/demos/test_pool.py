@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,28 @@ def test_a_folder_for_each_system(tmp_path: Path) -> None:
     assert media.pixels(first.block).tolist() == picture(0).tolist()
     assert open_pool(tmp_path).by_id.keys() == pool.by_id.keys()
     assert pool.ledger.counts()["used"] == 12 + 6  # files and lines of prompts
+
+
+@pytest.mark.parametrize("line", ['{"item": "001", "prompt": 7}', '{"item": "001"', None])
+def test_a_file_without_its_line_of_prompts_is_refused(tmp_path: Path, line: str | None) -> None:
+    """The name of a file is nobody's prompt where prompts are given."""
+    root = picture_folder(tmp_path, 3)
+    lines = (root / "prompts.jsonl").read_text().splitlines()
+    (root / "prompts.jsonl").write_text("\n".join([lines[0], lines[2], *([line] if line else [])]) + "\n")
+    pool = open_pool(root)
+    assert [e[0].prompt[0].data for e in pool.items.values()] == ["picture 0", "picture 2"]
+    assert pool.ledger.refused["no prompt for the file"] == 2 and pool.ledger.refused.total() == 2 + (line is not None)
+
+
+@pytest.mark.parametrize("mode", ["vote", "label"])
+def test_a_file_of_prompts_without_a_good_line(tmp_path: Path, mode: Any) -> None:
+    root = picture_folder(tmp_path, 3)
+    for folder in (root, root / "base"):
+        (folder / "prompts.jsonl").write_text('{"item": "000"}\n')
+    with pytest.raises(DataError, match="6: no prompt for the file"):
+        open_pool(root, mode)
+    with pytest.raises(DataError, match="3: no prompt for the file"):
+        open_pool(root / "base", "label")
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:
