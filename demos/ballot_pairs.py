@@ -94,9 +94,10 @@ def _whole(writer: Callable[..., int], pairs: Iterator[Pair], out: Path, ledger:
     return count
 
 
-def told(place: str, to: str, count: int, ledger: Ledger) -> str:
-    """What was written, for people."""
-    return f"{place}: {count} pairs of format {to}\n{ledger}"
+def told(place: str, to: str, ties: str, count: int, ledger: Ledger) -> str:
+    """What was written, for people; where ties are kept also that a run has to be told to keep them."""
+    more = "\nties have label 0.5; train with data.ties=soft, or they are left out again" if ties == "soft" else ""
+    return f"{place}: {count} pairs of format {to}\n{ledger}{more}"
 
 
 def pairs_of(ballots: Iterable[Ballot], pool: Pool, ties: Ties, ledger: Ledger) -> Iterator[Pair]:

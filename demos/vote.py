@@ -86,7 +86,7 @@ def exported(ballots: Any, pool: Pool, folder: Path, named: str, to: str, ties: 
         return f"There is no format {to!r}."
     name = ballot_pairs.NAMES[to]
     try:
-        return ballot_pairs.told(f"{named}/{name}", to, *ballot_pairs.write(ballots, pool, to, folder / name, ties))
+        return ballot_pairs.told(f"{named}/{name}", to, ties, *ballot_pairs.write(ballots, pool, to, folder / name, ties))
     except RunBusy:
         return f"{named}/{name}: {ballot_pairs.BUSY}"
     except (DataError, RecipeError) as error:

@@ -107,7 +107,7 @@ def export(
     from mmpo.demos import ballot_pairs
 
     written = ballot_pairs.export(folder, to, out, ties, source)
-    print(ballot_pairs.told(str(out or folder / ballot_pairs.NAMES[to]), to, *written))
+    print(ballot_pairs.told(str(out or folder / ballot_pairs.NAMES[to]), to, ties, *written))
 
 
 @app.command()

@@ -101,3 +101,14 @@ def test_a_full_disk_is_no_mistake_in_the_options(tmp_path: Path, monkeypatch: p
     with pytest.raises(RunFailed, match="No space left on device.*make room there"):
         export(default_folder(source), "mmpo")
     assert not (default_folder(source) / "pairs").exists()
+
+
+def test_ties_that_are_kept_say_how_a_run_keeps_them(tmp_path: Path) -> None:
+    """Every format is read with ties left out by default."""
+    pool = open_pool(picture_folder(tmp_path / "samples"))
+    ballots = cast(tmp_path, pool)
+    for to in ("mmpo", "pick_a_pic"):
+        assert "data.ties" not in exported(ballots.standing(), pool, tmp_path, "votes", to, "drop")
+        assert "train with data.ties=soft" in exported(ballots.standing(), pool, tmp_path, "votes", to, "soft")
+        assert (len(load(tmp_path / NAMES[to])[0]), len(load(tmp_path / NAMES[to], ties="soft")[0])) == (4, 6)
+    ballots.close()
