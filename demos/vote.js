@@ -119,7 +119,7 @@
     if (!ok) return say(String(told.detail));
     current = null;
     parts.ballot.hidden = true;
-    parts.results.replaceChildren(...summary(told), ...(told.mode === "label" ? told.items.flatMap(ranking) : [systems(told)]), who(told));
+    parts.results.replaceChildren(...summary(told), ...(told.mode === "label" ? told.items.flatMap(ranking) : [systems(told)]), ...unbounded(told), who(told));
     parts.results.hidden = false;
     document.getElementById("vote-buttons").hidden = true;
     say("");
@@ -137,9 +137,19 @@
   const table = (name, heads, rows) => make("div", { class: "vote-table", tabindex: "0", role: "region", "aria-label": name },
     make("table", {}, make("caption", {}, name), make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
       make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
-  const interval = (of, told) => [told(of.value), `(${told(of.low)} to ${told(of.high)})`].map((part) => part.replaceAll(" ", "\u00a0")).join(" ");
+  const unknown = (of) => of.low === null && of.high === null;
+  function interval(of, told) {
+    if (unknown(of)) return told(of.value);
+    const bounds = of.high === null ? `${told(of.low)} or more` : of.low === null ? `${told(of.high)} or less` : `${told(of.low)} to ${told(of.high)}`;
+    return [told(of.value), `(${bounds})`].map((part) => part.replaceAll(" ", "\u00a0")).join(" ");
+  }
   const tally = (row) => [interval(row.win_rate, percent), interval(row.elo, whole), whole(row.wins), whole(row.ties), whole(row.losses)];
   const TALLY = ["Win rate", "Elo", "Wins", "Ties", "Losses"]; // a narrow page shows the first columns, the others by scrolling
+
+  function unbounded(told) {
+    if (![...(told.systems || []), ...(told.items || []).flatMap((item) => item.answers)].some((row) => unknown(row.elo))) return [];
+    return [make("p", {}, "Elo stands without an interval where votes agree: they do not show how far off it may be.")];
+  }
 
   function systems(told) {
     if (!told.systems.length) return make("p", {}, "The data do not name who made the answers.");

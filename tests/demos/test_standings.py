@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,10 +73,28 @@ def test_why_agreement_is_not_defined() -> None:
         assert found["agreement"] is None and "every vote on what several people saw says the same" in found["why"]
 
 
-def test_agreement_is_on_answers_that_are_there() -> None:
-    whole = text_pool(40)
-    smaller, coin = Pool(whole.source, whole.entries[:20]), random.Random(3)
+@pytest.mark.parametrize(("systems", "mode"), [(("base", "aligned"), "vote"), (("a", "b", "c"), "vote"), (("a", "b"), "label")])
+def test_what_is_told_is_about_answers_that_are_there(systems: Sequence[str], mode: Any) -> None:
+    whole, coin = text_pool(20, systems), random.Random(3)
+    smaller = Pool(whole.source, whole.entries[: 10 * len(systems)])
     cast = votes(whole, 2, lambda left, right: coin.choice(("left", "right")))
     here = [ballot for ballot in cast if ballot.left in smaller.by_id]
-    assert agreement(cast, smaller, "vote") == agreement(here, smaller, "vote")
-    assert results(cast, smaller, "vote", "0")["agreement"] == agreement(here, smaller, "vote")["agreement"]
+    told, alone = (results(said, smaller, mode, "nobody") for said in (cast, here))
+    assert (told["votes"], told["others"]) == (len(cast), len(cast) - len(here)) == (2 * len(here), len(here))
+    assert told | {"votes": len(here), "others": 0} == alone
+
+
+# Tables
+
+
+def test_two_systems_have_one_interval_everywhere() -> None:
+    """In the sentence, in the row of either, and on the scale of Elo; where all agree it is as wide as few items make it."""
+    pool, drawn = text_pool(12), random.Random(4)
+    for says in (prefer("aligned"), lambda left, right: drawn.choice(("left", "right", "tie"))):
+        told = results(votes(pool, 2, says), pool, "vote", "0")
+        rate, rows = told["win_rate"], {row["name"]: row for row in told["systems"]}
+        assert rate == rows["aligned"]["win_rate"] | {"of": "aligned", "over": "base"}
+        for bound, other in (("low", "high"), ("high", "low")):
+            assert rate[bound] == pytest.approx(1 - rows["base"]["win_rate"][other])
+            assert (rows["aligned"]["elo"][bound] is None) == (rate[bound] == 1)
+        assert rate["high"] - rate["low"] > 0.2 and json.loads(json.dumps(told)) == told
