@@ -207,15 +207,17 @@ class Ballots:
 
     def progress(self, voter: str) -> tuple[int, int]:
         """How many votes of this voter stand on what is asked here, and how many there can be."""
-        places = [place for _, place in self._cast(voter) if place is not None]
-        if self.mode == "vote":
-            return len(places), len(self._place)
-        done = Counter(self._asked[place][0].item for place in places)
-        return sum(min(done[item], limit) for item, limit in self._limits.items()), sum(self._limits.values())
+        return self.tally(voter)[:2]
 
-    def others(self, voter: str) -> int:
-        """How many votes of this voter stand on answers that have changed since, or are not asked about any more."""
-        return sum(place is None for _, place in self._cast(voter))
+    def tally(self, voter: str) -> tuple[int, int, int]:
+        """`progress`, and how many votes stand on answers that have changed since, or are not asked about any more."""
+        cast = self._cast(voter)
+        places = [place for _, place in cast if place is not None]
+        others = len(cast) - len(places)
+        if self.mode == "vote":
+            return len(places), len(self._place), others
+        done = Counter(self._asked[place][0].item for place in places)
+        return sum(min(done[item], limit) for item, limit in self._limits.items()), sum(self._limits.values()), others
 
     def _cast(self, voter: str) -> list[tuple[str, int | None]]:
         """The comparisons on which a vote of this voter stands, the last one first, and the place of its two answers."""

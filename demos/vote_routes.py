@@ -69,8 +69,8 @@ class Desk:
         return shown(self.ballots.serve(voter)) | self._progress(voter)
 
     def _progress(self, voter: str) -> dict[str, Any]:
-        done, total = self.ballots.progress(voter)
-        return {"done": done, "total": total, "others": self.ballots.others(voter), "finished": self.ballots.finished(voter)}
+        done, total, others = self.ballots.tally(voter)
+        return {"done": done, "total": total, "others": others, "finished": self.ballots.finished(voter)}
 
     async def _vote(self, request: Request) -> Response:
         """Store {comparison, choice, nonce}; choice may also be undo, or finish, which need no comparison."""

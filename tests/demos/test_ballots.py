@@ -271,9 +271,9 @@ def test_votes_on_answers_that_are_gone_are_no_progress_and_stand(tmp_path: Path
         ballots.vote("ann", served.id, "left", nonce(len(ballots.standing())))
     ballots.close()
     again = Ballots(tmp_path, Pool(Path("/nowhere"), text_pool(6).entries[:8]))
-    assert again.progress("ann") == (4, 4) and again.others("ann") == 2 and again.progress("bob") == (0, 4)
+    assert again.progress("ann") == (4, 4) and again.tally("ann") == (4, 4, 2) and again.progress("bob") == (0, 4)
     assert [again.undo("ann", nonce(10 + i)) for i in range(6)] == [True] * 4 + [False] * 2
-    assert again.progress("ann") == (0, 4) and again.others("ann") == 2 == len(again.standing())
+    assert again.tally("ann") == (0, 4, 2) and len(again.standing()) == 2
     again.close()
 
 
@@ -289,5 +289,5 @@ def test_progress_of_a_ranking_has_its_end(tmp_path: Path, monkeypatch: pytest.M
             ballots.vote("ann", served.id, "left", nonce(number))
         ballots.close()
     again = Ballots(tmp_path, pool, "label")
-    assert again.progress("ann") == (24, 24) and again.serve("ann") is None and again.others("ann") == 0
+    assert again.tally("ann") == (24, 24, 0) and again.serve("ann") is None
     again.close()
