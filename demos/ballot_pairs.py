@@ -6,9 +6,12 @@ since. Several voters on the same two answers give several pairs.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,13 +19,18 @@ from typing import Any, Literal, get_args
 
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.pairing import digest, pair_id
+from mmpo.datasets.tables import sync
 from mmpo.demos.ballots import FILE, Ballot, about, opened, standing
 from mmpo.demos.pool import Entry, Pool, open_pool
-from mmpo.errors import DataError, RecipeError
+from mmpo.errors import DataError, RecipeError, RunFailed
+from mmpo.lock import RunBusy, RunLock
 from mmpo.pair import Pair
 
 Ties = Literal["drop", "soft"]
 NAMES = {"mmpo": "pairs", "trl": "pairs.trl.jsonl", "pick_a_pic": "pairs.pick_a_pic.parquet"}  # format: what it is called
+ASIDE = ".export"  # beside what is written: the lock of who writes there, and a new folder until it is whole
+BUSY = "another export is being written there; try again when it is done"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def export(
@@ -31,16 +39,29 @@ def export(
     """Write the votes of a folder as pairs; returns their number and the ledger of the votes.
 
     to: mmpo (a folder), trl or pick_a_pic. out: default a name inside `folder`. source: what was voted on, where it is not
-    any more where it was. May run while a server takes votes. Raises DataError for what the format cannot hold.
+    any more where it was. May run while a server takes votes. Raises DataError for what the format cannot hold, RecipeError
+    for a place where nothing can be written, RunFailed for a disk that takes no more, RunBusy as `write` does.
     """
     with closing(opened(folder / FILE, readonly=True)) as db:
         place, mode = about(db)
         ballots = standing(db)
-    return write(ballots, open_pool(source or (folder / place), mode), to, out or folder / NAMES.get(to, to), ties)
+    out = out or folder / NAMES.get(to, to)
+    pool = open_pool(source or (folder / place), mode)
+    try:
+        return write(ballots, pool, to, out, ties)
+    except OSError as error:
+        what = f"--out {out}: cannot be written ({error.strerror or error});"
+        if error.errno in FULL:
+            raise RunFailed(f"{what} make room there, or choose another place") from error
+        raise RecipeError(f"{what} choose another place") from error
 
 
 def write(ballots: Iterable[Ballot], pool: Pool, to: str, out: Path, ties: Ties = "drop") -> tuple[int, Ledger]:
-    """Write votes as pairs in one of the formats. Raises RecipeError for any other format, DataError where nothing is left."""
+    """Write votes as pairs in one of the formats, whole or not at all.
+
+    Raises RecipeError for any other format, DataError where nothing is left, RunBusy while another process or thread writes
+    into the same folder: exports that have media/ in common would take them away from each other.
+    """
     if to not in NAMES:
         raise RecipeError(f"--to {to}: expected one of {', '.join(NAMES)}")
     if ties not in get_args(Ties):
@@ -49,7 +70,34 @@ def write(ballots: Iterable[Ballot], pool: Pool, to: str, out: Path, ties: Ties 
     if not any(True for _ in pairs_of(cast, pool, ties, Ledger("skip"))):
         raise DataError(f"no pairs to write: of {len(cast)} votes none prefers one answer to another; nothing was written")
     writer: Any = getattr(importlib.import_module(f"mmpo.datasets.formats.{to}"), f"write_{to}")
-    return writer(pairs_of(cast, pool, ties, ledger), out, ledger), ledger
+    out = Path(os.path.realpath(out))
+    try:
+        lock = RunLock(out.parent / ASIDE)
+    except RunBusy as error:
+        raise RunBusy(f"{out}: {BUSY}") from error
+    with lock:
+        return _whole(writer, pairs_of(cast, pool, ties, ledger), out, ledger, to == "mmpo"), ledger
+
+
+def _whole(writer: Callable[..., int], pairs: Iterator[Pair], out: Path, ledger: Ledger, folder: bool) -> int:
+    """Files and tables are replaced as a whole by who writes them; a new folder is made aside and gets its name at the end."""
+    if not folder or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        return writer(pairs, out, ledger)
+    made = out.parent / ASIDE / out.name
+    shutil.rmtree(made, ignore_errors=True)  # of an export that was killed
+    try:
+        count = writer(pairs, made, ledger)
+        os.rename(made, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return count
+
+
+def told(place: str, to: str, ties: str, count: int, ledger: Ledger) -> str:
+    """What was written, for people; where ties are kept also that a run has to be told to keep them."""
+    more = "\nties have label 0.5; train with data.ties=soft, or they are left out again" if ties == "soft" else ""
+    return f"{place}: {count} pairs of format {to}\n{ledger}{more}"
 
 
 def pairs_of(ballots: Iterable[Ballot], pool: Pool, ties: Ties, ledger: Ledger) -> Iterator[Pair]:

@@ -96,6 +96,7 @@ class Ballots:
 
     def __init__(self, folder: Path, pool: Pool, mode: Mode = "vote", clock: Callable[[], float] = time.time) -> None:
         self.pool, self.mode, self._clock = pool, mode, clock
+        self._asked = pool.asked(mode)
         self._limits = limits(pool) if mode == "label" else {}
         self._folder = folder.resolve()
         self._lock = RunLock(folder)
@@ -123,7 +124,7 @@ class Ballots:
 
     def _remember(self) -> None:
         """How often each two answers were served, and to whom: what the next question depends on."""
-        self._place = {frozenset((a.id, b.id)): i for i, (a, b) in enumerate(self.pool.matchups)}
+        self._place = {frozenset((a.id, b.id)): i for i, (a, b) in enumerate(self._asked)}
         self._served = np.zeros(len(self._place), np.int64)
         self._seen: dict[str, set[int]] = defaultdict(set)
         for voter, left, right in self._db.execute("SELECT voter, left_entry, right_entry FROM comparisons"):
@@ -174,7 +175,7 @@ class Ballots:
             (voter, voter),
         )
         known = self.pool.by_id
-        return next((Served(id, known[a], known[b]) for id, a, b, _ in rows if a in known and b in known), None)
+        return next((Served(id, known[a], known[b]) for id, a, b, _ in rows if frozenset((a, b)) in self._place), None)
 
     def _next(self, voter: str) -> tuple[Entry, Entry] | None:
         """Two answers that this voter has not compared."""
@@ -185,11 +186,11 @@ class Ballots:
         often[list(seen)] = np.iinfo(np.int64).max
         if len(seen) == len(often):
             return None
-        return self.pool.matchups[secrets.choice(np.flatnonzero(often == often.min()).tolist())]
+        return self._asked[secrets.choice(np.flatnonzero(often == often.min()).tolist())]
 
     def _informative(self, seen: set[int]) -> tuple[Entry, Entry] | None:
         """Of the item with the most left to ask, the comparison whose outcome would tell the most."""
-        asked = Counter(self.pool.matchups[place][0].item for place in seen)
+        asked = Counter(self._asked[place][0].item for place in seen)
         open = {item: asked[item] / limit for item, limit in self._limits.items() if asked[item] < limit}
         if not open:
             return None
@@ -205,9 +206,27 @@ class Ballots:
         return entries[i], entries[j]
 
     def progress(self, voter: str) -> tuple[int, int]:
-        """How many votes of this voter stand, and how many there can be."""
-        (done,) = self._db.execute("SELECT COUNT(*) FROM standing WHERE voter = ?", (voter,)).fetchone()
-        return done, len(self._place) if self.mode == "vote" else sum(self._limits.values())
+        """How many votes of this voter stand on what is asked here, and how many there can be."""
+        return self.tally(voter)[:2]
+
+    def tally(self, voter: str) -> tuple[int, int, int]:
+        """`progress`, and how many votes stand on answers that have changed since, or are not asked about any more."""
+        cast = self._cast(voter)
+        places = [place for _, place in cast if place is not None]
+        others = len(cast) - len(places)
+        if self.mode == "vote":
+            return len(places), len(self._place), others
+        done = Counter(self._asked[place][0].item for place in places)
+        return sum(min(done[item], limit) for item, limit in self._limits.items()), sum(self._limits.values()), others
+
+    def _cast(self, voter: str) -> list[tuple[str, int | None]]:
+        """The comparisons on which a vote of this voter stands, the last one first, and the place of its two answers."""
+        rows = self._db.execute(
+            "SELECT s.comparison, c.left_entry, c.right_entry FROM standing s JOIN comparisons c ON c.id = s.comparison "
+            "WHERE s.voter = ? ORDER BY s.number DESC",
+            (voter,),
+        )
+        return [(comparison, self._place.get(frozenset(couple))) for comparison, *couple in rows]
 
     def served(self, voter: str, comparison: str) -> Served:
         """A comparison that was served to this voter. Raises Refused for any other."""
@@ -235,17 +254,19 @@ class Ballots:
         self._add(comparison, voter, nonce, choice)
 
     def undo(self, voter: str, nonce: Any) -> bool:
-        """Take back the last vote of this voter that stands; False when there is none. Idempotent by nonce. Raises Refused."""
+        """Take back the last vote of this voter that stands on what is asked here; False when there is none.
+
+        Idempotent by nonce. Raises Refused.
+        """
         again = "SELECT 1 FROM votes WHERE voter = ? AND nonce = ? AND choice = ?"
         if self._db.execute(again, (voter, _checked(nonce), UNDO)).fetchone():
             return True
         if self.finished(voter):
             raise Refused(409, "this voter has finished and seen who was who; no vote can be taken back")
-        last = "SELECT comparison FROM standing WHERE voter = ? ORDER BY number DESC LIMIT 1"
-        found = self._db.execute(last, (voter,)).fetchone()
-        if found:
-            self._add(found[0], voter, nonce, UNDO)
-        return found is not None
+        last = next((comparison for comparison, place in self._cast(voter) if place is not None), None)
+        if last is not None:
+            self._add(last, voter, nonce, UNDO)
+        return last is not None
 
     def _add(self, comparison: str, voter: str, nonce: str, choice: str) -> None:
         with self._writing() as db:
@@ -315,7 +336,7 @@ def about(db: sqlite3.Connection) -> tuple[str, Mode]:
 def outcome(ballot: Ballot, pool: Pool, mode: Mode) -> Outcome | None:
     """A vote as one of its two names over the other: by system and item, when labelling by entry and comparison.
 
-    None for an entry that is no longer in the pool, and where a system has no name.
+    None for an entry that is no longer in the pool, where a system has no name, and by system for two answers of one.
     """
     left, right = pool.by_id.get(ballot.left), pool.by_id.get(ballot.right)
     if left is None or right is None:
@@ -323,7 +344,8 @@ def outcome(ballot: Ballot, pool: Pool, mode: Mode) -> Outcome | None:
     share = {"left": 1.0, "right": 0.0}.get(ballot.choice, 0.5)
     if mode == "label":
         return Outcome(ballot.comparison, left.id, right.id, share)
-    return Outcome(ballot.item, left.system, right.system, share) if left.system and right.system else None
+    named = left.system and right.system and left.system != right.system
+    return Outcome(ballot.item, left.system, right.system, share) if named else None
 
 
 def opened(file: Path, readonly: bool = False) -> sqlite3.Connection:

@@ -105,7 +105,7 @@ class Guard:
         if scope["path"] == login.PATH:
             return await self._log_in(scope, body or b"") if scope["method"] == "POST" else HTMLResponse(login.page())
         if name is not None:
-            scope[WHO] = name
+            scope[WHO] = scope["mmpo.account"] = name
             return None
         if scope["method"] in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
             return RedirectResponse(login.PATH, 303)

@@ -29,6 +29,7 @@ from mmpo.pair import Block, Kind, Role, text
 
 Mode = Literal["vote", "label"]
 Prompt = tuple[Block, ...]
+Prompts = Mapping[str, tuple[Prompt, int | None]]  # of items, by stem or file name, each with its seed
 
 KINDS: dict[str, Kind] = {
     ".txt": "text",
@@ -116,6 +117,10 @@ class Pool:
         couples = (itertools.combinations(entries, 2) for entries in self.items.values())
         return [(a, b) for a, b in itertools.chain.from_iterable(couples) if a.digest != b.digest]
 
+    def asked(self, mode: Mode) -> list[tuple[Entry, Entry]]:
+        """The matchups that are voted on: in mode "vote" none of a system with itself, which would say nothing of systems."""
+        return [(a, b) for a, b in self.matchups if mode == "label" or not a.system or a.system != b.system]
+
 
 def open_pool(source: Path, mode: Mode = "vote") -> Pool:
     """Read what people are to compare.
@@ -131,8 +136,11 @@ def open_pool(source: Path, mode: Mode = "vote") -> Pool:
     ledger = Ledger("skip")
     entries = tidied(_entries(source, mode, ledger), ledger)
     pool = Pool(source, tuple(entries), ledger)
-    if not pool.matchups:
-        raise DataError(f"{source}: no two different answers to the same item\n{ledger}")
+    if not (asked := pool.asked(mode)):
+        more = " by different systems; `mmpo demo label` compares answers of one system" if pool.matchups else ""
+        raise DataError(f"{source}: no two different answers to the same item{more}\n{ledger}")
+    if own := len(pool.matchups) - len(asked):
+        ledger.notes["comparisons of two answers of one system (not asked)"] += own
     if same := sum(len(e) * (len(e) - 1) // 2 for e in pool.items.values()) - len(pool.matchups):
         ledger.notes["comparisons of two equal answers (not asked)"] += same
     return pool
@@ -209,7 +217,7 @@ def run_entries(run: Path, ledger: Ledger) -> list[Entry]:
     captions = summary.get("prompts") or []
     by_stem = captions if isinstance(captions, Mapping) else dict(zip(stems, captions, strict=False))
     seed_of = dict(zip(stems, seeds, strict=False))
-    prompts = {stem: ((text(str(by_stem[stem])),), seed_of.get(stem)) for stem in stems if stem in by_stem}
+    prompts = {stem: ((text(str(by_stem.get(stem, stem))),), seed_of.get(stem)) for stem in stems}
     return folder_entries(samples, present, prompts, ledger)
 
 
@@ -274,32 +282,36 @@ def _answer_role(prompt: Prompt) -> Role | None:
 # Folders
 
 
-def folder_entries(
-    root: Path, systems: Sequence[str], prompts: Mapping[str, tuple[Prompt, int | None]], ledger: Ledger
-) -> list[Entry]:
-    """One folder a system; the same stem is the same item, whose prompt is the stem where nothing else is known."""
+def folder_entries(root: Path, systems: Sequence[str], prompts: Prompts | None, ledger: Ledger) -> list[Entry]:
+    """One folder a system; the same stem is the same item, whose prompt is the stem where there is no file of prompts."""
     found = []
     for system in systems:
         for name in _names(root, system):
             with _counted(name, ledger):
                 path = PurePosixPath(name)
                 block, stored = opened(root, name)
-                prompt, seed = prompts.get(path.name) or prompts.get(path.stem) or ((text(path.stem),), None)
+                prompt, seed = ((text(path.stem),), None) if prompts is None else _known(path.name, prompts)
                 found.append(entry_of(path.stem, checked_text(system, "file name"), prompt, block, seed, stored))
     return found
 
 
-def flat_entries(root: Path, prompts: Mapping[str, tuple[Prompt, int | None]], ledger: Ledger) -> list[Entry]:
-    """The files of one folder, each a system of its own: ranked by prompt, or in one group where there are no prompts."""
+def flat_entries(root: Path, prompts: Prompts | None, ledger: Ledger) -> list[Entry]:
+    """The files of one folder, each a system of its own: ranked by prompt, or in one group without a file of prompts."""
     found = []
     for name in _names(root, ""):
         with _counted(name, ledger):
             block, stored = opened(root, name)
-            prompt, seed = prompts.get(name) or prompts.get(PurePosixPath(name).stem) or ((), None)
-            if prompts and not prompt:
-                raise BadField("file", f"a line of {' or '.join(PROMPTS)} that names it", "none", "no prompt for the file")
+            prompt, seed = ((), None) if prompts is None else _known(name, prompts)
             item = hashlib.sha256("".join(b.digest for b in prompt).encode()).hexdigest()[:20] if prompt else "all"
             found.append(entry_of(item, name, prompt, block, seed, stored))
+    return found
+
+
+def _known(name: str, prompts: Prompts) -> tuple[Prompt, int | None]:
+    """What a file of prompts says of a file. Raises BadField where it says nothing, as for a line of it that is bad."""
+    found = prompts.get(name) or prompts.get(PurePosixPath(name).stem)
+    if found is None:
+        raise BadField("file", f"a line of {' or '.join(PROMPTS)} that names it", "none", "no prompt for the file")
     return found
 
 
@@ -338,11 +350,13 @@ def _text(data: bytes) -> str:
         raise BadField("file", "text in UTF-8", str(error)[:200], "bad UTF-8") from None
 
 
-def prompts_of(root: Path, ledger: Ledger) -> dict[str, tuple[Prompt, int | None]]:
-    """Prompt and seed by item, of the file of prompts in a folder; empty without one."""
+def prompts_of(root: Path, ledger: Ledger) -> Prompts | None:
+    """Prompt and seed by item, of the file of prompts in a folder; None without one."""
     file = next((root / name for name in PROMPTS if (root / name).is_file()), None)
+    if file is None:
+        return None
     found: dict[str, tuple[Prompt, int | None]] = {}
-    for where, row in rows_of(file) if file else ():
+    for where, row in rows_of(file):
         with _counted(where, ledger):
             if isinstance(row, BadField):
                 raise row

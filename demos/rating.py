@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mmpo.intervals import unanimous
 
 Matrix = NDArray[np.float64]
+Bounds = tuple[float | None, float | None]
 ELO = 400 / math.log(10)  # points of the Elo scale in one unit of log-odds
 CENTRE = 1000.0  # the mean of all ratings
 RIDGE = 0.1  # of the Bradley-Terry strengths: with it the estimate exists where one side has won everything
@@ -43,6 +44,16 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Elo:
+    """A place on the Elo scale, its 95 % interval, and the votes it was made of; a bound is None where the votes set none."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
 class Rating:
     """One row of the table: wins, ties and losses of a name, its share of wins, and its place on the Elo scale."""
 
@@ -51,7 +62,7 @@ class Rating:
     ties: int
     losses: int
     win_rate: Interval
-    elo: Interval
+    elo: Elo
 
 
 def win_rate(shares: Sequence[tuple[str, float]], seed: int = 0, draws: int = 2000) -> Interval | None:
@@ -143,19 +154,46 @@ def wins_of(outcomes: Iterable[Outcome], names: Sequence[str]) -> Matrix:
 def ratings(outcomes: Sequence[Outcome], names: Sequence[str], seed: int = 0, draws: int = 300) -> list[Rating]:
     """The table of all names that have been voted on, best first.
 
-    elo: 1000 + 400 / ln 10 times the Bradley-Terry strength, so that 400 points are odds of ten to one.
+    elo: 1000 + 400 / ln 10 times the Bradley-Terry strength, so that 400 points are odds of ten to one. Two names have the
+    interval of their win rate on that scale, on which a rate of 0 or 1 is no bound; more names have a bootstrap's.
     """
     known = [name for name in names if any(name in (vote.first, vote.second) for vote in outcomes)]
     estimate = CENTRE + ELO * bradley_terry(wins_of(outcomes, known))
-    low, high = np.percentile(_resampled(outcomes, known, seed, draws), [2.5, 97.5], axis=0) if known else ((), ())
+    drawn = _bounds(outcomes, known, seed, draws) if len(known) > 2 else []
     rows = []
     for i, name in enumerate(known):
         shares = [(v.unit, v.share if v.first == name else 1 - v.share) for v in outcomes if name in (v.first, v.second)]
         rate, tally = win_rate(shares, seed, draws), Counter(share for _, share in shares)
         assert rate is not None
-        elo = Interval(float(estimate[i]), float(low[i]), float(high[i]), len(shares))
+        low, high = drawn[i] if drawn else (_place(share, len(shares)) for share in (rate.low, rate.high))
+        elo = Elo(float(estimate[i]), low, high, len(shares))
         rows.append(Rating(name, tally[1.0], tally[0.5], tally[0.0], rate, elo))
     return sorted(rows, key=lambda row: -row.elo.value)
+
+
+def _place(share: float, votes: int) -> float | None:
+    """Where the first of two names stands that wins this share of the votes; None at 0 and 1, where odds have no bound."""
+    wins = np.array([[0, votes * share], [votes * (1 - share), 0]])
+    return float(CENTRE + ELO * bradley_terry(wins)[0]) if 0 < share < 1 else None
+
+
+def _bounds(outcomes: Sequence[Outcome], names: Sequence[str], seed: int, draws: int) -> list[Bounds]:
+    """A bootstrap's interval of each rating, no bounds where it cannot tell: where all draws are alike, and for a name that the
+    votes leave without a limit on one side, whose place is the ridge's alone."""
+    low, high = np.percentile(_resampled(outcomes, names, seed, draws), [2.5, 97.5], axis=0)
+    told = held(wins_of(outcomes, names)) & (high - low > 1e-6)
+    return [(float(a), float(b)) if tell else (None, None) for a, b, tell in zip(low, high, told, strict=True)]
+
+
+def held(wins: Matrix) -> NDArray[np.bool_]:
+    """(S,): which names have beaten, themselves or along a chain, one that has beaten them; ties are wins of either.
+
+    Without the ridge the strengths of all others would be without bound. Ford 1957, American Mathematical Monthly 64.
+    """
+    reach = (wins > 0).astype(np.float64)
+    for _ in range(len(wins).bit_length()):  # chains of twice the length each time
+        reach = np.minimum(reach + reach @ reach, 1)
+    return np.diag(reach) > 0
 
 
 def _resampled(outcomes: Sequence[Outcome], names: Sequence[str], seed: int, draws: int) -> Matrix:

@@ -71,11 +71,11 @@
     buttons();
   }
 
-  function progress({ done, total }) {
+  function progress({ done, total, others }) {
     left = total - done;
     parts.bar.max = Math.max(total, 1);
     parts.bar.value = done;
-    parts.count.textContent = `${done} of ${total} voted`;
+    parts.count.textContent = `${done} of ${total} voted${others ? `, ${others} more on answers that are not asked about any more` : ""}`;
   }
 
   function show(told) {
@@ -119,7 +119,7 @@
     if (!ok) return say(String(told.detail));
     current = null;
     parts.ballot.hidden = true;
-    parts.results.replaceChildren(...summary(told), ...(told.mode === "label" ? told.items.flatMap(ranking) : [systems(told)]), who(told));
+    parts.results.replaceChildren(...summary(told), ...(told.mode === "label" ? told.items.flatMap(ranking) : [systems(told)]), ...unbounded(told), who(told));
     parts.results.hidden = false;
     document.getElementById("vote-buttons").hidden = true;
     say("");
@@ -127,19 +127,29 @@
   }
 
   function summary(told) {
-    const lines = [`${told.votes} votes by ${told.voters} ${told.voters === 1 ? "voter" : "voters"}.`];
+    const lines = [`${told.votes} votes by ${told.voters} ${told.voters === 1 ? "voter" : "voters"}.${told.others ? ` ${told.others} of them are on answers that are not asked about any more, and count for nothing here.` : ""}`];
     const rate = told.win_rate;
     if (rate) lines.push(`${rate.of} wins ${percent(rate.value)} of its comparisons with ${rate.over} (95 % interval ${percent(rate.low)} to ${percent(rate.high)}, ties count half).`);
-    lines.push(told.agreement === null ? "Agreement: not defined, too few comparisons were voted on twice." : `Agreement between voters (Krippendorff's alpha): ${told.agreement.toFixed(2)}.`);
+    lines.push(told.agreement === null ? `Agreement between voters: not defined, ${told.why}.` : `Agreement between voters (Krippendorff's alpha): ${told.agreement.toFixed(2)}.`);
     return [make("h2", {}, "Who was who"), ...lines.map((line) => make("p", {}, line))];
   }
 
   const table = (name, heads, rows) => make("div", { class: "vote-table", tabindex: "0", role: "region", "aria-label": name },
     make("table", {}, make("caption", {}, name), make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
       make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
-  const interval = (of, told) => [told(of.value), `(${told(of.low)} to ${told(of.high)})`].map((part) => part.replaceAll(" ", "\u00a0")).join(" ");
+  const unknown = (of) => of.low === null && of.high === null;
+  function interval(of, told) {
+    if (unknown(of)) return told(of.value);
+    const bounds = of.high === null ? `${told(of.low)} or more` : of.low === null ? `${told(of.high)} or less` : `${told(of.low)} to ${told(of.high)}`;
+    return [told(of.value), `(${bounds})`].map((part) => part.replaceAll(" ", "\u00a0")).join(" ");
+  }
   const tally = (row) => [interval(row.win_rate, percent), interval(row.elo, whole), whole(row.wins), whole(row.ties), whole(row.losses)];
   const TALLY = ["Win rate", "Elo", "Wins", "Ties", "Losses"]; // a narrow page shows the first columns, the others by scrolling
+
+  function unbounded(told) {
+    if (![...(told.systems || []), ...(told.items || []).flatMap((item) => item.answers)].some((row) => unknown(row.elo))) return [];
+    return [make("p", {}, "Elo stands without an interval where votes agree: they do not show how far off it may be.")];
+  }
 
   function systems(told) {
     if (!told.systems.length) return make("p", {}, "The data do not name who made the answers.");

@@ -16,6 +16,7 @@ from mmpo.demos.pool import Mode, Pool
 from mmpo.demos.site import Site
 from mmpo.demos.vote_routes import Desk
 from mmpo.errors import DataError, RecipeError
+from mmpo.lock import RunBusy
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -32,12 +33,17 @@ KEYS = "Keys: **1** or \N{LEFTWARDS ARROW} A, **2** or \N{RIGHTWARDS ARROW} B, *
 def vote_site(pool: Pool, folder: Path, mode: Mode = "vote") -> Site:
     """The page to vote on a pool. folder: keeps votes.db and what is exported; it is made where there is none.
 
-    Raises DataError for a database that is something else, RunBusy where another server holds the folder.
+    Raises DataError for a database that is something else, RunBusy where another server holds the folder, RecipeError for a
+    place where nothing can be written.
     """
     named, folder = str(folder), folder.resolve()
     empty = folder / ".shown"
-    empty.mkdir(parents=True, exist_ok=True)  # the page serves no files: samples come from vote_routes
-    desk = Desk(pool, folder, mode)
+    try:
+        empty.mkdir(parents=True, exist_ok=True)  # the page serves no files: samples come from vote_routes
+        desk = Desk(pool, folder, mode)
+    except OSError as error:
+        why = error.strerror or error
+        raise RecipeError(f"{named}: votes cannot be kept there ({why}); choose another folder with --out") from error
     hidden = tuple(folder / f"{FILE}{end}" for end in ("", "-wal", "-shm"))
     return Site(
         TITLES[mode], lambda: page(desk, mode, folder, named), empty, private=hidden, routes=desk.routes(), scripts=(SCRIPT,),
@@ -80,7 +86,12 @@ def exported(ballots: Any, pool: Pool, folder: Path, named: str, to: str, ties: 
         return f"There is no format {to!r}."
     name = ballot_pairs.NAMES[to]
     try:
-        count, ledger = ballot_pairs.write(ballots, pool, to, folder / name, ties)
+        return ballot_pairs.told(f"{named}/{name}", to, ties, *ballot_pairs.write(ballots, pool, to, folder / name, ties))
+    except RunBusy:
+        return f"{named}/{name}: {ballot_pairs.BUSY}"
     except (DataError, RecipeError) as error:
         return str(error)
-    return f"{named}/{name}: {count} pairs\n{ledger}"
+    except OSError as error:
+        return (
+            f"{named}/{name}: cannot be written ({error.strerror or error}); `mmpo demo export --out` writes to another place"
+        )

@@ -29,7 +29,7 @@ from mmpo.errors import DataError
 from mmpo.pair import Block
 
 T = TypeVar("T")
-ANONYMOUS = re.compile(r"[A-Za-z0-9_-]{22}")  # the id in a cookie, which is as good as a password
+ACCOUNT = "mmpo.account"  # in the scope of a request, where its visitor's name is that of an account
 KEPT = 16  # samples that are kept as browsers get them
 FINISH = "finish"
 EXPECTED = "expected JSON with the texts comparison, choice and nonce"
@@ -69,8 +69,8 @@ class Desk:
         return shown(self.ballots.serve(voter)) | self._progress(voter)
 
     def _progress(self, voter: str) -> dict[str, Any]:
-        done, total = self.ballots.progress(voter)
-        return {"done": done, "total": total, "finished": self.ballots.finished(voter)}
+        done, total, others = self.ballots.tally(voter)
+        return {"done": done, "total": total, "others": others, "finished": self.ballots.finished(voter)}
 
     async def _vote(self, request: Request) -> Response:
         """Store {comparison, choice, nonce}; choice may also be undo, or finish, which need no comparison."""
@@ -133,9 +133,9 @@ class Desk:
 
 
 def voter_of(request: Request) -> str:
-    """A voter's name in the database: the account's, or for the random id in a cookie a digest that cannot be sent back."""
+    """A voter's name in the database: the account's, or of the id in a cookie, as good as a password, a digest."""
     name = visitor(request)
-    return f"anonymous-{hashlib.sha256(name.encode()).hexdigest()[:12]}" if ANONYMOUS.fullmatch(name) else name
+    return name if ACCOUNT in request.scope else f"anonymous-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 async def fields(request: Request) -> dict[str, Any]:

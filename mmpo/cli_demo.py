@@ -106,8 +106,8 @@ def export(
     """Write votes as pairs that `mmpo train` reads, and account for every vote."""
     from mmpo.demos import ballot_pairs
 
-    count, ledger = ballot_pairs.export(folder, to, out, ties, source)
-    print(f"{out or folder / ballot_pairs.NAMES[to]}: {count} pairs of format {to}\n{ledger}")
+    written = ballot_pairs.export(folder, to, out, ties, source)
+    print(ballot_pairs.told(str(out or folder / ballot_pairs.NAMES[to]), to, ties, *written))
 
 
 @app.command()

@@ -19,6 +19,13 @@ def text_pool(items: int = 6, systems: Sequence[str] = ("base", "aligned")) -> P
     return Pool(Path("/nowhere"), tuple(entries))
 
 
+def doubled_pool(items: int = 4) -> Pool:
+    """Two different answers of each of two systems to each prompt."""
+    asked = [(str(i), system, take) for i in range(items) for system in ("base", "aligned") for take in (0, 1)]
+    entries = [entry_of(i, system, (text(f"Question {i}?"),), text(f"{i} {system} {take}"), take) for i, system, take in asked]
+    return Pool(Path("/nowhere"), tuple(entries))
+
+
 def picture(seed: int, size: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 

@@ -15,7 +15,7 @@ from mmpo.demos.pool import Pool
 from mmpo.demos.standings import results
 from mmpo.errors import DataError
 from mmpo.lock import RunBusy
-from tests.demos.pools import text_pool
+from tests.demos.pools import doubled_pool, text_pool
 
 
 def opened(folder: Path, items: int = 6, mode: str = "vote", **more: object) -> Ballots:
@@ -145,6 +145,28 @@ def test_any_history_is_what_a_list_would_say(
     ballots.close()
 
 
+def test_a_system_is_not_asked_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither anew nor where such a comparison was left open, and votes that were cast on one say nothing of systems."""
+    pool = doubled_pool()
+    with monkeypatch.context() as before:
+        before.setattr(Pool, "asked", lambda pool, mode: [(a, b) for a, b in pool.matchups if a.system == b.system])
+        ballots = Ballots(tmp_path, pool)
+        for number in range(2):
+            served = ballots.serve("ann")
+            assert served is not None
+            ballots.vote("ann", served.id, "left", nonce(number)) if number == 0 else None
+        ballots.close()
+    again = Ballots(tmp_path, pool)
+    for voter in ("ann", *(f"voter {i}" for i in range(20))):
+        served = again.serve(voter)
+        assert served is not None and served.left.system != served.right.system
+        again.vote(voter, served.id, "left", nonce(9)) if voter == "voter 19" else None
+    told = results(again.standing(), pool, "vote", "ann")
+    assert told["votes"] == 2 and told["win_rate"]["n"] == 1 and sum(row["wins"] for row in told["systems"]) == 1
+    assert Ballots(tmp_path / "label", pool, "label").progress("ann") == (0, 4 * 6)
+    again.close()
+
+
 # Labelling
 
 
@@ -241,3 +263,31 @@ def test_answers_that_are_gone_are_not_served(tmp_path: Path) -> None:
     again = Ballots(tmp_path, smaller, "vote")
     assert all(found.left.item in "01" for voter in range(8) if (found := again.serve(str(voter))))
     assert results(again.standing(), smaller, "vote", "1")["votes"] == 4
+
+
+def test_votes_on_answers_that_are_gone_are_no_progress_and_stand(tmp_path: Path) -> None:
+    ballots = opened(tmp_path)
+    while served := ballots.serve("ann"):
+        ballots.vote("ann", served.id, "left", nonce(len(ballots.standing())))
+    ballots.close()
+    again = Ballots(tmp_path, Pool(Path("/nowhere"), text_pool(6).entries[:8]))
+    assert again.progress("ann") == (4, 4) and again.tally("ann") == (4, 4, 2) and again.progress("bob") == (0, 4)
+    assert [again.undo("ann", nonce(10 + i)) for i in range(6)] == [True] * 4 + [False] * 2
+    assert again.tally("ann") == (0, 4, 2) and len(again.standing()) == 2
+    again.close()
+
+
+def test_progress_of_a_ranking_has_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes from when more was asked for, because there were more answers, are no more than what is asked for now."""
+    pool = text_pool(1, "abcdefgh")
+    with monkeypatch.context() as before:
+        before.setattr("mmpo.demos.ballots.limits", lambda pool: {"0": 28})
+        ballots = Ballots(tmp_path, pool, "label")
+        for number in range(28):
+            served = ballots.serve("ann")
+            assert served is not None
+            ballots.vote("ann", served.id, "left", nonce(number))
+        ballots.close()
+    again = Ballots(tmp_path, pool, "label")
+    assert again.tally("ann") == (24, 24, 0) and again.serve("ann") is None
+    again.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,28 @@ def test_a_folder_for_each_system(tmp_path: Path) -> None:
     assert media.pixels(first.block).tolist() == picture(0).tolist()
     assert open_pool(tmp_path).by_id.keys() == pool.by_id.keys()
     assert pool.ledger.counts()["used"] == 12 + 6  # files and lines of prompts
+
+
+@pytest.mark.parametrize("line", ['{"item": "001", "prompt": 7}', '{"item": "001"', None])
+def test_a_file_without_its_line_of_prompts_is_refused(tmp_path: Path, line: str | None) -> None:
+    """The name of a file is nobody's prompt where prompts are given."""
+    root = picture_folder(tmp_path, 3)
+    lines = (root / "prompts.jsonl").read_text().splitlines()
+    (root / "prompts.jsonl").write_text("\n".join([lines[0], lines[2], *([line] if line else [])]) + "\n")
+    pool = open_pool(root)
+    assert [e[0].prompt[0].data for e in pool.items.values()] == ["picture 0", "picture 2"]
+    assert pool.ledger.refused["no prompt for the file"] == 2 and pool.ledger.refused.total() == 2 + (line is not None)
+
+
+@pytest.mark.parametrize("mode", ["vote", "label"])
+def test_a_file_of_prompts_without_a_good_line(tmp_path: Path, mode: Any) -> None:
+    root = picture_folder(tmp_path, 3)
+    for folder in (root, root / "base"):
+        (folder / "prompts.jsonl").write_text('{"item": "000"}\n')
+    with pytest.raises(DataError, match="6: no prompt for the file"):
+        open_pool(root, mode)
+    with pytest.raises(DataError, match="3: no prompt for the file"):
+        open_pool(root / "base", "label")
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:
@@ -153,6 +176,27 @@ def test_candidates_that_name_their_models(tmp_path: Path) -> None:
     (tmp_path / "u.jsonl").write_text(json.dumps({"instruction": "q", "models": [], "completions": completions}) + "\n")
     pool = open_pool(tmp_path / "u.jsonl")
     assert pool.systems == ["m0", "m1", "m2"] and len(pool.matchups) == 3
+
+
+def test_a_system_is_not_compared_with_itself(tmp_path: Path) -> None:
+    """A prompt that occurs twice, and two files of one stem, give two answers of one system to the same item."""
+    rows = [
+        {"instruction": "q", "models": [], "completions": [{"model": f"m{k}", "response": f"{take}{k}", "overall_score": k}]}
+        for take in "ab"
+        for k in range(2)
+    ]
+    (tmp_path / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture_folder(tmp_path / "set", 1)
+    Image.fromarray(picture(9)).save(tmp_path / "set" / "base" / "000.jpg")
+    for source, asked, own in ((tmp_path / "u.jsonl", 4, 2), (tmp_path / "set", 2, 1)):
+        pool = open_pool(source)
+        assert len(pool.asked("vote")) == asked and all(a.system != b.system for a, b in pool.asked("vote"))
+        assert pool.ledger.notes["comparisons of two answers of one system (not asked)"] == own
+        labelled = open_pool(source, "label")
+        assert len(labelled.asked("label")) == asked + own and not labelled.ledger.notes
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[::2]))
+    with pytest.raises(DataError, match="by different systems; `mmpo demo label` compares"):
+        open_pool(tmp_path / "one.jsonl")
 
 
 def test_pairs_are_no_candidates(tmp_path: Path) -> None:

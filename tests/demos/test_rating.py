@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmpo.demos.rating import CENTRE, RIDGE, Outcome, bradley_terry, gains, krippendorff_alpha, ratings, win_rate, wins_of
+from mmpo.demos.rating import CENTRE, RIDGE, Outcome, bradley_terry, gains, held, krippendorff_alpha, ratings, win_rate, wins_of
 
 
 def matrix(*rows: list[float]) -> np.ndarray:
@@ -80,7 +80,69 @@ def test_ties_are_half_a_win_for_either() -> None:
     a, b = ratings(outcomes, ["a", "b", "c"], draws=20)
     assert (a.wins, a.ties, a.losses, a.win_rate.value) == (2, 1, 1, 0.625)
     assert (b.wins, b.ties, b.losses, b.win_rate.value) == (1, 1, 2, 0.375)
-    assert a.elo.low <= a.elo.value <= a.elo.high
+    assert a.elo.low is not None and a.elo.high is not None and a.elo.low <= a.elo.value <= a.elo.high
+
+
+def test_two_names_that_all_agree_on() -> None:
+    """Ten items of ten: at least 1 - (0.025)^(1/10) of all are lost with little probability, and nothing limits the odds."""
+    best, worst = ratings([Outcome(str(i), "a", "b", 1.0) for i in range(10)], ["a", "b"])
+    least = 0.025**0.1
+    assert (best.win_rate.low, best.win_rate.high) == pytest.approx((least, 1))
+    assert best.elo.low == pytest.approx(CENTRE + 200 * math.log10(least / (1 - least)), abs=5)  # the ridge takes a little
+    assert best.elo.high is None and worst.elo.low is None
+    assert best.elo.low is not None and worst.elo.high == pytest.approx(2 * CENTRE - best.elo.low)
+    tied, _ = ratings([Outcome(str(i), "a", "b", 0.5) for i in range(10)], ["a", "b"])
+    assert tied.elo.low is not None and tied.elo.high is not None
+    assert tied.elo.high - tied.elo.value == pytest.approx(tied.elo.value - tied.elo.low) and tied.elo.high > CENTRE + 50
+
+
+@given(st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=30))
+@settings(max_examples=30)
+def test_two_names_have_one_interval(votes: list[tuple[str, float]]) -> None:
+    """Their win rates mirror each other, and the odds of a rate are the distance on the scale of Elo, but for the ridge."""
+    rows = ratings([Outcome(unit, "a", "b", share) for unit, share in votes], ["a", "b"], draws=200)
+    one, other = rows
+    assert (one.win_rate.low, one.win_rate.high) == pytest.approx((1 - other.win_rate.high, 1 - other.win_rate.low))
+    for row in rows:
+        for share, place in ((row.win_rate.low, row.elo.low), (row.win_rate.high, row.elo.high)):
+            assert (place is None) == (share in (0, 1))
+            if place is not None:
+                wins = matrix([0, share * len(votes)], [(1 - share) * len(votes), 0])
+                assert place == pytest.approx(CENTRE + 400 / math.log(10) * bradley_terry(wins)[0])
+        assert row.elo.low is None or row.elo.low <= row.elo.value + 1e-6
+        assert row.elo.high is None or row.elo.value <= row.elo.high + 1e-6
+
+
+def rounds(*votes: tuple[str, str, float]) -> list[Outcome]:
+    """The same votes on each of eight items."""
+    return [Outcome(str(i), *vote) for i in range(8) for vote in votes]
+
+
+def test_more_names_have_no_interval_where_votes_agree() -> None:
+    ordered = rounds(("a", "b", 1.0), ("b", "c", 1.0), ("a", "c", 1.0))
+    spread = [vote for i, vote in enumerate(ordered) if i % 5]  # the draws differ, and all votes agree as before
+    tied = rounds(("a", "b", 0.5), ("b", "c", 0.5), ("a", "c", 0.5))
+    for outcomes in (ordered, spread, tied):
+        for row in ratings(outcomes, ["a", "b", "c"], draws=50):
+            assert (row.elo.low, row.elo.high) == (None, None) and row.win_rate.low < row.win_rate.high
+
+
+def test_more_names_have_an_interval_where_votes_differ() -> None:
+    """One name that has won everything has none; of the two that have beaten each other the draws can tell."""
+    outcomes = rounds(("a", "b", 1.0), ("a", "c", 1.0)) + [Outcome(str(i), "b", "c", float(i % 2)) for i in range(8)]
+    rows = {row.name: row.elo for row in ratings(outcomes, ["a", "b", "c"], draws=50)}
+    assert (rows["a"].low, rows["a"].high) == (None, None)
+    for name in "bc":
+        low, high = rows[name].low, rows[name].high
+        assert low is not None and high is not None and low < rows[name].value < high
+
+
+def test_who_is_held_from_both_sides() -> None:
+    """b, c and d have beaten one another in a circle; a has beaten b alone, and e has lost to d alone."""
+    wins = np.zeros((5, 5))
+    for winner, loser in ("ab", "bc", "cd", "db", "de"):
+        wins["abcde".index(winner), "abcde".index(loser)] = 1
+    assert held(wins).tolist() == [False, True, True, True, False]
 
 
 def test_win_rate_interval_is_over_units() -> None:

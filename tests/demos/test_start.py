@@ -18,6 +18,7 @@ import pytest
 from mmpo import cli, cli_demo
 from mmpo.demos import accounts
 from mmpo.errors import RecipeError
+from tests.demos.pools import picture_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = re.compile(r"(http://127\.0\.0\.1:\d+/)")
@@ -65,6 +66,17 @@ def test_the_newest_finished_run_is_taken(tmp_path: Path) -> None:
     assert cli_demo.newest_run(tmp_path) == tmp_path / "newest"
     with pytest.raises(RecipeError, match="no finished run"):
         cli_demo.newest_run(tmp_path / "old")
+
+
+def test_votes_that_cannot_be_kept_anywhere_name_the_option(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    source = picture_folder(tmp_path / "samples", 2)
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "votes"
+    for words in (["vote", str(source)], ["label", str(source / "base")]):
+        assert cli.main(["demo", *words, "--out", str(out)]) == cli.USAGE
+        told = capsys.readouterr().err
+        assert f"{out}: votes cannot be kept there (" in told and "choose another folder with --out" in told
 
 
 @contextmanager

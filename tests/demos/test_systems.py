@@ -15,7 +15,7 @@ from mmpo import find
 from mmpo.demos import cards, heat, history, markup
 from mmpo.demos.systems import Model, Source, lora_shape, of_models, open_source, parse, recipe_of
 from mmpo.errors import DataError, RecipeError
-from tests.demos.sample_folders import picture_samples, text_samples
+from tests.demos.sample_folders import picture_samples, text_samples, write_prompts
 
 
 def peft_adapter(folder: Path, **more: object) -> Path:
@@ -122,6 +122,7 @@ def test_samples_of_one_kind(tmp_path: Path) -> None:
     assert (source.kind, set(source.systems)) == ("image", {"one", "two", "three"}) and source.pool is not None
     mixed = text_samples(tmp_path / "m", [("t", "q", {"one": "a", "two": "b"})])
     picture_samples(tmp_path / "other", systems=("one", "two"))
+    write_prompts(mixed, [("t", "q"), ("item0", "a picture")])
     for name in ("one", "two"):
         (mixed / name / "item0.png").write_bytes((tmp_path / "other" / name / "item0.png").read_bytes())
     with pytest.raises(DataError, match="image and text"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mmpo.datasets.load import load
-from mmpo.demos.ballots import FILE, opened, standing
+from mmpo.demos.ballots import FILE, Ballots, opened, standing
 from mmpo.demos.pool import Pool, entry_of, open_pool
 from mmpo.demos.vote import vote_site
 from mmpo.pair import text
@@ -113,6 +114,39 @@ def test_early_end_has_to_be_confirmed(tmp_path: Path, browser: Browser, served:
         page.locator("#vote-results table").first.wait_for()
         page.reload()
         page.locator("#vote-results table").first.wait_for()  # the end stays the end
+
+
+def finished(page: Page) -> str:
+    """What the page tells at the end."""
+    for _ in range(2):  # which has to be confirmed
+        page.locator("#vote-finish").click()
+    page.locator("#vote-results table").first.wait_for()
+    return page.locator("#vote-results").inner_text().replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize("systems", [("base", "aligned"), ("a", "b", "c")])
+def test_what_votes_that_agree_do_not_tell_is_said(
+    tmp_path: Path, browser: Browser, served: Callable[..., str], systems: tuple[str, ...]
+) -> None:
+    """Two voters before, who always prefer the later name; of their votes some are on answers that are no more."""
+    pool = text_pool(5, systems)
+    ballots = Ballots(tmp_path / "votes", pool)
+    for voter in ("ann", "bob"):
+        while comparison := ballots.serve(voter):
+            better = max(comparison.left, comparison.right, key=lambda entry: systems.index(entry.system))
+            ballots.vote(voter, comparison.id, "left" if better == comparison.left else "right", "nonce-001")
+    ballots.close()
+    now = Pool(pool.source, tuple(entry for entry in pool.entries if entry.item != "4"))
+    with visiting(browser, served(vote_site(now, tmp_path / "votes"))) as page:
+        told = finished(page)
+    each = len(systems) * (len(systems) - 1) // 2
+    assert f"{10 * each} votes by 2 voters. {2 * each} of them are on answers that are not asked about any more" in told
+    if len(systems) == 2:
+        assert "not defined, every vote on what several people saw says the same" in told and " or more)" in told
+        low = re.search(r"95 % interval (\d+ %) to 100 %", told)
+        assert low and f"({low[1]} to 100 %)" in told, "one interval in the sentence and in the table"
+    else:
+        assert "Elo stands without an interval where votes agree" in told and "(Krippendorff's alpha): 1.00" in told
 
 
 def test_labelling_ranks_pictures(tmp_path: Path, browser: Browser, served: Callable[..., str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 
 pytest.importorskip("gradio")
 from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
-from mmpo.demos.doors import WHO
+from mmpo.demos.accounts import Accounts
+from mmpo.demos.doors import WHO, Doors
+from mmpo.demos.guard import SESSION_COOKIE, VISITOR, Guard
 from mmpo.demos.pool import Pool, open_pool
-from mmpo.demos.vote_routes import Desk
+from mmpo.demos.vote_routes import ACCOUNT, Desk
 from tests.demos.pools import picture_folder, text_pool
 
 COOKIE = "AbCdEfGhIjKlMnOpQrStUv"  # as long as the id in a visitor's cookie
@@ -31,7 +35,7 @@ class Client:
 
     def __call__(self, method: str, path: str, who: str = "ann", headers: Any = None, **more: Any) -> httpx.Response:
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await self._app({**scope, WHO: who}, receive, send)
+            await self._app({**scope, WHO: who} | ({} if who == COOKIE else {ACCOUNT: who}), receive, send)
 
         async def ask() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -52,7 +56,7 @@ def client(tmp_path: Path) -> Iterator[Client]:
 
 
 def test_an_acknowledgement_counts_what_is_stored(client: Client) -> None:
-    assert client.vote("left").json() == {"stored": True, "done": 1, "total": 3, "finished": False}
+    assert client.vote("left").json() == {"stored": True, "done": 1, "total": 3, "others": 0, "finished": False}
     assert client("POST", "/vote", json={"choice": "undo", "nonce": "nonce-002"}).json()["done"] == 0
     assert client("POST", "/vote", json={"choice": "undo", "nonce": "nonce-003"}).json()["stored"] is False
     assert client("GET", "/vote", "bob").json()["done"] == 0
@@ -90,11 +94,44 @@ def test_names_are_told_at_the_end_only(client: Client) -> None:
     assert client("GET", "/vote/results", "bob").status_code == 403
 
 
+def test_votes_on_answers_that_are_gone_end_nothing(tmp_path: Path) -> None:
+    """A voter who has voted on all that was there is asked about what came in its place, before systems are named."""
+    before = Client(text_pool(6), tmp_path)
+    for number in range(6):
+        before.vote("left", f"nonce-{number:03d}")
+    before.desk.close()
+    entries = text_pool(8).entries
+    client = Client(Pool(Path("/nowhere"), entries[:4] + entries[-4:]), tmp_path)  # two of six are left, and two are new
+    counts = {"done": 2, "total": 4, "others": 4, "finished": False}
+    assert client("GET", "/vote").json().items() >= counts.items()
+    assert client("GET", "/vote/results").status_code == 403
+    for number in range(2):
+        assert client.vote("right", f"again-{number:03d}").json()["done"] == 3 + number
+    told = client("GET", "/vote/results").json()
+    assert (told["votes"], told["others"], told["win_rate"]["n"]) == (8, 4, 4)
+    client.desk.close()
+
+
 def test_the_id_of_a_cookie_is_stored_as_a_digest(client: Client) -> None:
     client.vote("left", who=COOKIE)
     client.vote("right", who="carl")
     stored = [ballot.voter for ballot in client.desk.ballots.standing()]
     assert stored == [f"anonymous-{hashlib.sha256(COOKIE.encode()).hexdigest()[:12]}", "carl"]
+
+
+@pytest.mark.parametrize("name", ["tim", COOKIE])
+def test_an_account_is_stored_by_its_name_however_long(tmp_path: Path, name: str) -> None:
+    """Whether it is an account is what the guard says, not what the name looks like."""
+    desk, doors = Desk(text_pool(3), tmp_path, "vote"), Doors(tmp_path, tmp_path, own=(re.compile("/vote"),))
+    for accounts, cookie in ((Accounts({}), SESSION_COOKIE), (None, VISITOR)):
+        site = Guard(Starlette(routes=list(desk.routes())), doors, accounts=accounts)
+        browser = TestClient(site, "http://localhost", cookies={cookie: site.sessions.start(name) if accounts else COOKIE})
+        comparison = browser.get("/vote").json()["comparison"]
+        vote = {"comparison": comparison, "choice": "left", "nonce": "nonce-001"}
+        assert browser.post("/vote", json=vote).json()["done"] == 1
+    stored = [ballot.voter for ballot in desk.ballots.standing()]
+    assert stored == [name, f"anonymous-{hashlib.sha256(COOKIE.encode()).hexdigest()[:12]}"]
+    desk.close()
 
 
 def test_media_come_in_parts_and_without_a_name(tmp_path: Path) -> None:
