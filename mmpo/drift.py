@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmpo import checkpoint, runfolder
+from mmpo import __version__, checkpoint, runfolder
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
 from mmpo.masking import masked
@@ -36,10 +36,14 @@ def claim_recipe(folder: Path, resolved: Resolved) -> None:
 
 
 def claim_inputs(folder: Path, digests: Mapping[str, str], allow_drift: Sequence[str]) -> None:
-    """Record what a run trains from, e.g. {"weights.denoiser": sha256}; RecipeError for a run started from something else."""
+    """Record what a run trains from, e.g. {"weights.denoiser": sha256}; RecipeError for a run started from something else.
+
+    The version of mmpo is held to as well, by the name "mmpo"; runs that began before it was recorded do not have it.
+    """
+    now, known = {"mmpo": __version__, **digests}, _read(folder)["digests"]
     if runfolder.begun(folder):
-        _settle(folder, "other inputs", differences(_read(folder)["digests"], dict(digests)), allow_drift)
-    _write(folder, {**_read(folder), "digests": dict(digests)})
+        _settle(folder, "other inputs", differences({"mmpo": __version__, **known}, now), allow_drift)
+    _write(folder, {**_read(folder), "digests": now})
 
 
 def differences(old: Any, new: Any, at: str = "") -> Differences:

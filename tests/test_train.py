@@ -153,6 +153,25 @@ def test_resuming_elsewhere_says_in_one_line_that_the_bits_may_differ(
     assert said == f"  not bit-identical to a run without a break: threads {threads}, now {threads + 1}" and not rest
 
 
+def test_what_a_resumed_log_drops_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it was all written before the first checkpoint. A log that was edited before that is refused."""
+    run = line_run(tmp_path)
+    run.log.append({"event": "start"})
+    assert not resume(line_run(tmp_path))
+    assert "log.0.jsonl: 1 line after the checkpoint dropped\n" in capsys.readouterr().out
+    train(run := line_run(tmp_path), 2)
+    run.log.append({"event": "end"})
+    with run.log.path.open("ab") as file:
+        file.write(b'{"ev')
+    whole = run.log.path.read_bytes()
+    run.log.path.write_bytes(whole.replace(b"0.", b"1.", 1))
+    with pytest.raises(ValueError, match="are not those that the checkpoint has seen"):
+        resume(line_run(tmp_path))
+    run.log.path.write_bytes(whole)
+    assert resume(line_run(tmp_path))
+    assert "log.0.jsonl: 2 lines after the checkpoint dropped, the last one torn\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["start", "ema", "none"])
 def test_a_later_rounds_reference_comes_back(tmp_path: Path, kind: str) -> None:
     """Also where scores of the first round's reference are cached: they are not replayed for the second one's."""
