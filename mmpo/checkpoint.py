@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed
 
+from mmpo import runfolder
 from mmpo.errors import RunFailed
 
 NAME = re.compile(r"step-(\d{6,})\.([0-9a-f]{12})")
@@ -134,7 +135,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         rest = memoryview(data)
         while rest:  # one call writes at most 2 GiB
@@ -194,7 +195,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: d
     _check_arguments(step, tensors, keep)
     state = _json({"step": step, "meta": meta})
     folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
+    runfolder.remove_leftovers(folder.iterdir(), runfolder.CHECKPOINT)
     temporary = folder / f".step-{step:06d}.tmp-{os.getpid()}"
     try:
         final = _commit(temporary, _build(temporary, step, tensors, state))
@@ -272,15 +273,6 @@ def _remove(checkpoint: Path) -> None:
     gone = checkpoint.with_name(f".{checkpoint.name}.tmp-{os.getpid()}")
     os.replace(checkpoint, gone)
     shutil.rmtree(gone)
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written under a folder. Only the holder of the run's lock may."""
-    for path in sorted(folder.rglob(".*.tmp-*")):  # a folder comes before what is in it
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str | int]:

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmpo import checkpoint
+from mmpo import __version__, checkpoint, runfolder
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
 from mmpo.masking import masked
@@ -28,17 +26,24 @@ def claim_recipe(folder: Path, resolved: Resolved) -> None:
     Before its first checkpoint there is nothing to lose: a recipe that turned out wrong is corrected in the same folder.
     """
     path, mine = folder / "recipe.yaml", masked(None, resolved.recipe.model_dump(mode="json"))
-    if path.exists() and _begun(folder):
-        found = differences(yaml.safe_load(path.read_text()), mine)
-        _settle(folder, "another recipe", {k: v for k, v in found.items() if k != "out"}, resolved.allow_drift)
+    if path.exists() and runfolder.begun(folder):
+        known = runfolder.read_yaml(path, "put it back, or remove it and allow that it is missing: --allow-drift recipe.yaml")
+        found = {k: v for k, v in differences(known, mine).items() if k != "out"}
+        _settle(folder, "another recipe", found, resolved.allow_drift)
+    elif runfolder.begun(folder):
+        _settle(folder, "a recipe that is missing", {"recipe.yaml": (None, "as given")}, resolved.allow_drift)
     checkpoint.write_atomic(path, recipes.dump(resolved).encode())
 
 
 def claim_inputs(folder: Path, digests: Mapping[str, str], allow_drift: Sequence[str]) -> None:
-    """Record what a run trains from, e.g. {"weights.denoiser": sha256}; RecipeError for a run started from something else."""
-    if _begun(folder):
-        _settle(folder, "other inputs", differences(_read(folder)["digests"], dict(digests)), allow_drift)
-    _write(folder, {**_read(folder), "digests": dict(digests)})
+    """Record what a run trains from, e.g. {"weights.denoiser": sha256}; RecipeError for a run started from something else.
+
+    The version of mmpo is held to as well, by the name "mmpo"; runs that began before it was recorded do not have it.
+    """
+    now, known = {"mmpo": __version__, **digests}, _read(folder)["digests"]
+    if runfolder.begun(folder):
+        _settle(folder, "other inputs", differences({"mmpo": __version__, **known}, now), allow_drift)
+    _write(folder, {**_read(folder), "digests": now})
 
 
 def differences(old: Any, new: Any, at: str = "") -> Differences:
@@ -64,17 +69,12 @@ def _settle(folder: Path, what: str, found: Differences, allow_drift: Sequence[s
         print(f"{folder} goes on with {what}, as allowed: {', '.join(found)}; noted in inputs.json")
 
 
-def _begun(folder: Path) -> bool:
-    return (folder / "checkpoints").exists()
-
-
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "inputs.json"
-    try:
-        return json.loads(path.read_bytes()) if path.exists() else {"digests": {}, "drift": []}
-    except ValueError as error:
-        advice = "put it back, or remove it and allow the differences that it cannot tell"
-        raise RecipeError(f"{path}: damaged ({error}); {advice}") from error
+    if not path.exists():
+        return {"digests": {}, "drift": []}
+    advice = "put it back, or remove it and allow the differences that it cannot tell"
+    return runfolder.read_json(path, {"digests": dict, "drift": list}, advice)
 
 
 def _write(folder: Path, known: dict[str, Any]) -> None:

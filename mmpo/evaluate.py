@@ -160,17 +160,26 @@ def win_rate(aligned: np.ndarray, base: np.ndarray, per_prompt: int, seed: int =
 
 @torch.no_grad()
 def evaluate_pairs(
-    modality: Any, model: nn.Module, reference: Any, pairs: Sequence[Pair], seed: int, draws: int, batch: int = 32
+    modality: Any,
+    model: nn.Module,
+    reference: Any,
+    pairs: Sequence[Pair],
+    seed: int,
+    draws: int,
+    batch: int = 32,
+    pause: Callable[[], object] = dict,
 ) -> dict[str, Any]:
     """Implicit accuracy on held-out pairs: is the log-ratio of chosen above that of rejected, averaged over `draws` draws?
 
     Ties count half, so an untrained policy reads exactly 0.5. Also: the mean margin, what `measures.summarise` tells of the
-    pairs, and accuracy by place on the schedule where the draws have one.
+    pairs, and accuracy by place on the schedule where the draws have one. pause: called before each batch; what it raises
+    ends the measurement.
     """
     rows: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(draws)]
     wants = measures.CONFIDENCE & modality.PROVIDES
     for index in range(draws):
         for start in range(0, len(pairs), batch):
+            pause()
             part = list(pairs[start : start + batch])
             drawn = modality.draw(modality.encode(part), [DrawKey(seed, "heldout/" + p.id, index) for p in part], model)
             ref = references.score(reference, modality, model, drawn)

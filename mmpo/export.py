@@ -6,6 +6,7 @@ and must not be the base model over again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmpo.errors import DataError, RecipeError, RunFailed
 from mmpo.evaluate import Samples, evaluate_pairs, trials, win_rate, with_nats
 from mmpo.evaluate import sample as sample_and_judge
 from mmpo.launch import able, build_objective, make_judge, make_modality, usable
+from mmpo.lock import RunLock
 from mmpo.pair import text
 from mmpo.prepare import prepare
 from mmpo.recipe import Resolved
@@ -80,8 +82,19 @@ def _prove(modality: Any, model: torch.nn.Module, written: Path, folder: Path, m
 
 
 def export(run: Path, out: Path | None, merge: bool) -> None:
-    _, modality, _ = open_run(run)
     target = out or run / ("merged" if merge else "export")
+    with _writing(run, target):
+        _, modality, _ = open_run(run)
+        _export(modality, target, merge)
+
+
+def _writing(run: Path, target: Path) -> contextlib.AbstractContextManager[Any]:
+    """The run's lock where `target` lies inside of it: it has one writer. Raises RunBusy while that is another one."""
+    inside = target.resolve().is_relative_to(run.resolve()) and (run / "recipe.yaml").exists()
+    return RunLock(run) if inside else contextlib.nullcontext()
+
+
+def _export(modality: Any, target: Path, merge: bool) -> None:
     if (target / "recipe.yaml").exists():
         raise RecipeError(f"--out {target}: holds a run; name a folder of its own for the export")
     if target.exists() and not target.is_dir():
@@ -92,6 +105,11 @@ def export(run: Path, out: Path | None, merge: bool) -> None:
 
 def sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
     """Samples of base and aligned model for the prompts, same seeds, and a sheet of both."""
+    with _writing(run, out):
+        _sample(run, prompts, seed, out)
+
+
+def _sample(run: Path, prompts: Sequence[str], seed: int, out: Path) -> None:
     _, modality, start = open_run(run)
     asked = [(text(p),) for p in prompts]
     seeds = [seed + i for i in range(len(prompts))]

@@ -92,6 +92,8 @@ def verdict(summary: dict[str, Any]) -> str:
     """One plain sentence about what the run did."""
     accuracy = summary["heldout_pair_accuracy"]
     told = f"held-out pairs told apart {accuracy:.2f}" if accuracy is not None else "no held-out pairs"
+    if skipped := summary.get("skipped_steps"):
+        told = f"{skipped} of {summary['steps']} steps skipped as not finite; {told}"
     if "win_rate" not in summary:
         why = "No prompts were held out" if summary.get("judge") else "No judge was given"
         return f"{why}, so samples were not compared; {told} at step {summary['best_step']}."

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from mmpo import checkpoint, ches, drift, evaluate, memory, packaged, sharding, tiers, unread
+from mmpo import ches, drift, evaluate, memory, packaged, runfolder, sharding, tiers, unread
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
@@ -30,7 +30,6 @@ from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
 from mmpo.find import find
 from mmpo.finish import finish
 from mmpo.judging import Judge
-from mmpo.lock import RunLock
 from mmpo.masking import masked
 from mmpo.objective import SLOTS, Objective, Result, make_term
 from mmpo.pair import Pair
@@ -53,13 +52,13 @@ def run(resolved: Resolved) -> int:
     folder = Path(recipe.out or _default_folder(resolved))
     usable(folder, "out")
     main = int(os.environ.get("RANK", "0")) == 0  # the other processes of a launch work for the first, which writes
-    with _full_disk(folder), memory.explained(_SMALLER), RunLock(folder) if main else contextlib.nullcontext():
+    with _full_disk(folder), memory.explained(_SMALLER), runfolder.claim(folder) if main else contextlib.nullcontext():
         if main:
-            checkpoint.clear_leftovers(folder)
+            runfolder.clear_leftovers(folder)
             drift.claim_recipe(folder, resolved)
         if (folder / "summary.json").exists():
-            told = json.loads((folder / "summary.json").read_text())["verdict"]
-            print(f"{folder} is finished: {told}\nFor another run give it another folder: out=DIR")
+            told = runfolder.read_json(folder / "summary.json", {"verdict": str}, "remove it, and the command writes it again")
+            print(f"{folder} is finished: {told['verdict']}\nFor another run give it another folder: out=DIR")
             if main and not (folder / "report.html").exists():  # killed between the two
                 write_report(folder)
             return 0
@@ -271,7 +270,7 @@ def make_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimi
 
 def _cache_file(recipe: Recipe, folder: Path, name: str) -> Path:
     base = Path(recipe.data.cache) if recipe.data.cache else folder / "cache"
-    base.mkdir(parents=True, exist_ok=True)
+    usable(base, "data.cache")
     return base / f"{name}.sqlite"
 
 

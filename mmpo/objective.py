@@ -91,11 +91,13 @@ class Result:
     """loss: (B,) with gradient, before the row weights. metrics: detached (B,) tensors by TRL's names.
 
     states: what the losses that remember want to remember, for `Objective.adopt` when the step is taken.
+    terms: detached (B,) losses by term, before their weights.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     states: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def make_term(loss: str, of: Sequence[str] | None = None, **spec: Any) -> Term:
@@ -185,8 +187,8 @@ class Objective:
         return term.name if [t.name for t in self.terms].count(term.name) == 1 else f"{term.name}/{'/'.join(term.of)}"
 
     def __call__(self, policy: Mapping[str, Scores], reference: Mapping[str, Scores] | None, rows: Rows) -> Result:
-        total, metrics = torch.zeros_like(rows.weight), {}
-        states: dict[str, Tensor] = {}
+        total, metrics, states = torch.zeros_like(rows.weight), dict[str, Tensor](), dict[str, Tensor]()
+        own_losses: dict[str, Tensor] = {}
         for i, term in enumerate(self.terms):
             counts = _counts(policy, term)
             sides = {b: _side(b, policy[b], reference[b] if reference else None, counts[b], rows, term) for b in term.of}
@@ -200,10 +202,11 @@ class Objective:
                 losses = term.loss(*(sides[b] for b in term.of), **options)
             states |= {f"{i}.{term.name}.{key}": value for key, value in losses.state.items()}
             total = total + term.weight * losses.loss
-            if len(self.terms) > 1:
-                metrics[f"loss/{self._label(term)}"] = losses.loss.detach()
+            own_losses[self._label(term)] = losses.loss.detach()
             _report(metrics, losses, sides)
-        return Result(total, metrics, states)
+        if len(self.terms) > 1:
+            metrics |= {f"loss/{label}": value for label, value in own_losses.items()}
+        return Result(total, metrics, states, own_losses)
 
 
 def _check_slots(term: Term, provides: frozenset[str]) -> None:

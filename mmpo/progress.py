@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mmpo.evaluate import Trial
+from mmpo.interruption import Request
 from mmpo.judging import Judge
 from mmpo.modality import Modality
 from mmpo.objective import Objective
@@ -32,6 +33,7 @@ class Progress:
     seconds: float = 0.0
     skipped_steps: int = 0
     round: int = 1
+    due: bool = False  # the evaluation of this step, which a signal broke off; a resumed run makes it up
     halvings: int = 0  # of the batch, each with twice the accumulation, after memory ran out
     base_scores: list[float] = field(default_factory=list)  # the judge's scores of the base's samples, for win rates
 
@@ -57,6 +59,7 @@ class Run:
     start: Values | None = None  # the weights before the run, where no fixed reference keeps them
     shifted: list[Pair] = field(default_factory=list)  # pairs of another distribution, only measured
     progress: Progress = field(default_factory=Progress)
+    request: Request = field(default_factory=Request)  # to stop, while the loop listens
 
 
 def record(run: Run, entry: dict[str, Any]) -> None:

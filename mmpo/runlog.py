@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -44,10 +45,24 @@ class RunLog:
         os.fsync(self._fd)
         return os.fstat(self._fd).st_size
 
-    def truncate(self, offset: int) -> int:
+    def digest(self, offset: int) -> str:
+        """sha256, in hex, of the first `offset` bytes: what a checkpoint stores beside it."""
+        h, done = hashlib.sha256(), 0
+        while done < offset and (part := os.pread(self._fd, min(2**20, offset - done), done)):
+            h.update(part)
+            done += len(part)
+        return h.hexdigest()
+
+    def torn(self) -> bool:
+        """Whether the last line was cut off by a kill."""
+        size = os.fstat(self._fd).st_size
+        return size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+    def truncate(self, offset: int, digest: str | None = None) -> int:
         """Cut the log back to `offset` bytes; returns how many lines that dropped, a torn last line counted as one.
 
-        ValueError when the log is shorter than that or has no line end there: it is not the log of this checkpoint.
+        digest: of those bytes, None where it is not known. ValueError when the log is shorter, has no line end there, or
+        other bytes: it is not the log of this checkpoint.
         """
         size = os.fstat(self._fd).st_size
         if not 0 <= offset <= size:
@@ -58,6 +73,11 @@ class RunLog:
         if offset and os.pread(self._fd, 1, offset - 1) != b"\n":
             raise ValueError(
                 f"{self.path}: no line ends at byte {offset}: the log was edited, or belongs to another run. Put it back"
+            )
+        if digest is not None and self.digest(offset) != digest:
+            raise ValueError(
+                f"{self.path}: its first {offset} bytes are not those that the checkpoint has seen: the log was edited or "
+                f"damaged. Put it back, or start the run again in a new folder"
             )
         dropped = os.pread(self._fd, size - offset, offset)
         os.ftruncate(self._fd, offset)
@@ -83,6 +103,14 @@ def _plain(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, without a torn last line."""
+    """The records of a log, without a torn last line. ValueError, with the line, where one is no JSON."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return [json.loads(line) for line in whole.splitlines() if line]
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as error:
+            raise ValueError(
+                f"{path}:{number}: damaged ({error}); put the log back, or start the run again elsewhere"
+            ) from error
+    return records

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,9 @@ def save(run: Run) -> None:
     tensors |= {"policy": policy_tensors(run), "rng": rng_state()}
     if run.objective.states:
         tensors["objective"] = run.objective.states
-    meta = {"progress": vars(run.progress), "optimizer": groups, "log_offset": run.log.offset()}
+    offset = run.log.offset()
+    log = {"log_offset": offset, "log_sha256": run.log.digest(offset)}
+    meta = {"progress": vars(run.progress), "optimizer": groups, **log}
     if run.accelerator.scaler is not None:
         meta["scaler"] = run.accelerator.scaler.state_dict()
     if run.accelerator.is_main_process:
@@ -53,7 +57,7 @@ def resume(run: Run) -> bool:
     found = checkpoint.load_latest(run.folder / "checkpoints")
     run.accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process writes another
     if run.accelerator.is_main_process:
-        run.log.truncate(found.meta["log_offset"] if found else 0)
+        _wind_back(run, found.meta if found else {"log_offset": 0})
     if found is None:
         return False
     run.progress = Progress(**found.meta["progress"])
@@ -73,6 +77,13 @@ def resume(run: Run) -> bool:
     if changed := checkpoint.changes(found.environment):
         say(run, f"  not bit-identical to a run without a break: {', '.join(changed)}")
     return True
+
+
+def _wind_back(run: Run, meta: dict[str, Any]) -> None:
+    """Cut the log back to what a checkpoint had seen, and say what that drops. Older checkpoints have no digest of it."""
+    torn = ", the last one torn" if run.log.torn() else ""
+    if dropped := run.log.truncate(meta["log_offset"], meta.get("log_sha256")):
+        say(run, f"{run.log.path.name}: {dropped} line{'s' * (dropped > 1)} after the checkpoint dropped{torn}")
 
 
 def _moving(run: Run) -> Values | None:

@@ -236,6 +236,9 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="a loss or gradient that is not finite: stop, or skip the step"
     )
+    nonfinite_budget: Share | None = Field(
+        default=None, description="on_nonfinite skip: share of the steps that may be skipped, always one; null: 0.01"
+    )
     on_oom: Literal["stop", "halve"] = Field(
         default="stop",
         description="memory ran out in a step: stop with the numbers, or go on with half the batch and twice the accumulation",

@@ -24,7 +24,7 @@ from mmpo import checkpoint, evaluate, memory, sharding
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
-from mmpo.interruption import Interrupted, requests
+from mmpo.interruption import BrokenOff, Interrupted, requests
 from mmpo.modality import DrawKey
 from mmpo.objective import Result, rows_of
 from mmpo.pair import Pair
@@ -32,6 +32,10 @@ from mmpo.progress import Run, record, say
 from mmpo.reference import Values, trainable, unwrap
 from mmpo.runlog import read
 from mmpo.saving import policy_tensors, save
+from mmpo.state import restore_rng, rng_state
+
+NAMED = 5  # pairs in a message
+BUDGET = 0.01  # of the steps that may be skipped, where the recipe does not say
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -110,23 +114,54 @@ def draw(run: Run, pairs: list[Pair], keys: list[DrawKey]) -> Any:
 def train(run: Run, until: int) -> None:
     """Run the loop from `run.progress.step` to step `until`. Raises Interrupted, all saved, after SIGINT or SIGTERM."""
     bar = tqdm(total=until, initial=run.progress.step, desc="train", unit="step", disable=not run.accelerator.is_main_process)
-    with requests() as request, bar:
+    with requests() as run.request, bar:
+        if run.progress.due:
+            _conclude(run, until, time.monotonic())
         while run.progress.step < until:
             start = time.monotonic()
             metrics = advance(run)
-            number = _any_process(run, request.number)
-            last = run.progress.step == until
-            if run.progress.step % run.recipe.eval.every == 0 or last:
-                evaluate_now(run)
-            run.progress.seconds += time.monotonic() - start
-            if run.progress.step % run.recipe.train.save_every == 0 or last or number:
-                save(run)
+            run.progress.due = run.progress.step % run.recipe.eval.every == 0 or run.progress.step == until
             bar.update()
             bar.set_postfix({k: f"{metrics[m]:.3g}" for k, m in _SHOWN.items() if m in metrics})
-            if number:
-                raise Interrupted(number, run.progress.step)
-        if number := _any_process(run, request.number):  # it came during the last evaluation or save
+            _conclude(run, until, start)
+        if number := _any_process(run, run.request.number):  # it came during the last save
             raise Interrupted(number, run.progress.step)
+
+
+def _conclude(run: Run, until: int, start: float) -> None:
+    """After a step that began at `start`: its evaluation and checkpoint, where they are due. Raises Interrupted on request."""
+    _evaluate_due(run)
+    run.progress.seconds += time.monotonic() - start
+    number = _any_process(run, run.request.number)
+    if run.progress.step % run.recipe.train.save_every == 0 or run.progress.step == until or number:
+        save(run)
+    if number:
+        raise Interrupted(number, run.progress.step)
+
+
+def _evaluate_due(run: Run) -> None:
+    """Evaluate, unless there is a request to stop: then the step is saved at once, and a resumed run makes it up."""
+    if not run.progress.due:
+        return
+    generators = rng_state()
+    try:
+        _pause(run)
+        evaluate_now(run)
+        run.progress.due = False
+    except BrokenOff:
+        restore_rng(generators)  # as the step left them
+
+
+def _pause(run: Run) -> None:
+    """Raises BrokenOff, in all processes, when one of them was asked to stop."""
+    if _any_process(run, run.request.number):
+        raise BrokenOff
+
+
+def _breakable(run: Run) -> contextlib.AbstractContextManager[None]:
+    """What only computes: a signal breaks it off in the middle, but where other processes would wait for this one."""
+    _pause(run)
+    return run.request.breakable() if run.accelerator.num_processes == 1 else contextlib.nullcontext()
 
 
 _SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins"}
@@ -164,7 +199,8 @@ def optimize(run: Run) -> dict[str, float]:
     norm = sharding.whole(norm)
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
         run.objective.adopt(remembered)
-        return _refused(run, f"the gradient of pairs {', '.join(p.id for p in pairs[:5])} ... is not finite")
+        terms = ", ".join(term.name for term in run.objective.terms)
+        return _refused(run, f"the gradient of pairs {_named(pairs)} is not finite (of the terms {terms})")
     run.optimizer.step()
     return _merge(run, collected) | {"grad_norm": float(norm)}
 
@@ -188,9 +224,9 @@ def _passes(run: Run) -> tuple[list[dict[str, Tensor]], list[Pair], str]:
     run.optimizer.zero_grad(set_to_none=True)
     for micro in range(accumulate):
         result, batch, pairs = forward(run, run.progress.step, micro)
-        bad = [p.id for p, ok in zip(pairs, result.loss.isfinite().tolist(), strict=True) if not ok]
-        if _any_process(run, len(bad)):
-            return [], [], f"the loss of pair {', '.join(bad[:5]) or 'of another process'} is not finite"
+        bad = ~result.loss.isfinite()
+        if _any_process(run, int(bad.sum())):
+            return [], [], _broken(result, bad, pairs)
         run.objective.adopt(result.states)
         with _sync(run, last=micro == accumulate - 1):
             run.accelerator.backward(result.loss.mean() / accumulate)
@@ -217,14 +253,36 @@ def _halve(run: Run, said: str, error: BaseException) -> None:
     ) from error
 
 
+def _broken(result: Result, bad: Tensor, pairs: list[Pair]) -> str:
+    """Which pairs have a loss that is not finite, and the first term of the objective that has none for one of them."""
+    if not bad.any():
+        return "the loss of a pair of another process is not finite"
+    named = _named([p for p, broken in zip(pairs, bad.tolist(), strict=True) if broken])
+    first = next((name for name, own in result.terms.items() if not own[bad].isfinite().all()), None)
+    where = f"first in the term {first}" if first else "its scores or its weight are not"
+    return f"the loss of pair {named} is not finite ({where})"
+
+
+def _named(pairs: list[Pair]) -> str:
+    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+    return ", ".join(p.id for p in pairs[:NAMED]) + more
+
+
 def _refused(run: Run, what: str) -> dict[str, float]:
-    if run.recipe.train.on_nonfinite == "stop":
-        raise RunFailed(
-            f"step {run.progress.step + 1}: {what}; the step was not applied. Try a smaller train.lr or beta, "
-            "train.precision: bf16 or fp32, or train.on_nonfinite: skip"
-        )
+    """Stop, or skip the step as long as the recipe's budget lasts."""
+    spec, advice = run.recipe.train, "Try a smaller train.lr or beta, train.precision: bf16 or fp32, or "
+    if spec.on_nonfinite == "stop":
+        advice += "train.on_nonfinite: skip"
+        raise RunFailed(f"step {run.progress.step + 1}: {what}; the step was not applied. {advice}")
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.skipped_steps += 1
+    whole = spec.steps * spec.rounds
+    allowed = max(1, int((BUDGET if spec.nonfinite_budget is None else spec.nonfinite_budget) * whole))
+    if run.progress.skipped_steps > allowed:
+        raise RunFailed(
+            f"step {run.progress.step + 1}: {what}; the step was not applied. {run.progress.skipped_steps} steps were not by "
+            f"now, train.nonfinite_budget allows {allowed} of {whole}. {advice}a larger train.nonfinite_budget"
+        )
     say(run, f"step {run.progress.step + 1} skipped: {what}")
     return {"skipped": 1.0}
 
@@ -315,10 +373,11 @@ def _on_pairs(run: Run, module: nn.Module) -> dict[str, Any]:
     if not run.heldout:
         return {}
     spec = run.recipe
+    given: dict[str, Any] = {"seed": spec.seed, "draws": spec.eval.draws, "pause": lambda: _pause(run)}
     with run.accelerator.autocast():  # a reference of its own is no part of the model that accelerate has wrapped
-        found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, spec.seed, spec.eval.draws)
+        found = evaluate.evaluate_pairs(run.modality, module, run.reference, run.heldout, **given)
         if run.shifted:
-            shifted = evaluate.evaluate_pairs(run.modality, module, run.reference, run.shifted, spec.seed, spec.eval.draws)
+            shifted = evaluate.evaluate_pairs(run.modality, module, run.reference, run.shifted, **given)
             found["shifted_accuracy"] = shifted["accuracy"]
     out = {"eval/pair_accuracy": found.pop("accuracy")}
     for name in ("drift", "fell"):
@@ -330,7 +389,9 @@ def _on_samples(run: Run, module: nn.Module) -> dict[str, Any]:
     if not (run.judge and run.select):
         return {}
     state = run.progress
-    samples = evaluate.sample(run.modality, module, run.judge, run.select)
+    with _breakable(run):
+        samples = evaluate.sample(run.modality, module, run.judge, run.select)
+    _pause(run)
     with run.accelerator.autocast():
         samples = evaluate.with_nats(run.modality, module, run.reference, run.select, samples)
     state.base_scores = state.base_scores or samples.scores.tolist()

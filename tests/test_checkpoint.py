@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpo.checkpoint import NAME, clear_leftovers, environment, load_latest, save, write_atomic, written_aside
+from mmpo.checkpoint import NAME, environment, load_latest, save, write_atomic, written_aside
+from mmpo.runfolder import clear_leftovers
 from tests.reliability.counters import counter
 
 GROUPS = ("policy", "optimizer")
@@ -369,7 +370,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, first: str | No
     if not child:
         export(target, "kill")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    clear_leftovers(tmp_path)
+    clear_leftovers(tmp_path / "run")
     assert {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     export(target, "new")
     found = {str(p.relative_to(target)): p.read_text() for p in target.rglob("*") if p.is_file()}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmpo import checkpoint, cli, find, launch
+from mmpo.lock import RunLock
 from mmpo.modalities.diffusion import Adapter
 from tests.tiny_run import load, make_world
 
@@ -165,3 +166,19 @@ def test_a_run_without_held_out_pairs_says_what_measures_it(tmp_path: Path, caps
     assert "No judge was given" in capsys.readouterr().out
     assert cli.main(["eval", str(run)]) == 3
     assert "no prompts were held out; `mmpo eval" in capsys.readouterr().err
+
+
+def test_nothing_is_written_into_a_run_that_another_writer_holds(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export or samples elsewhere only read it."""
+    before = sorted(p.name for p in copied.iterdir())
+    sample = ["sample", str(copied), "--prompt", "a red circle", "--out"]
+    inside = (["export", str(copied)], ["export", str(copied), "--merge"], [*sample, str(copied / "more")])
+    with RunLock(copied):
+        for words in inside:
+            assert cli.main(words) == 2 and "is being written by another process: pid" in capsys.readouterr().err
+        assert cli.main(["export", str(copied), "--out", str(tmp_path / "out")]) == 0
+        assert cli.main([*sample, str(tmp_path / "samples")]) == 0
+    assert sorted(p.name for p in copied.iterdir()) == before
+    assert [cli.main(words) for words in inside] == [0, 0, 0]

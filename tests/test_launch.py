@@ -159,6 +159,10 @@ def summary(low: float, high: float, **more: Any) -> dict[str, Any]:
         (summary(0.1, 0.49), "Aligned is worse than base: "),
         (summary(0.1, 0.5), "No clear difference"),
         (summary(0.6, 0.9, heldout_pair_accuracy=None), "no held-out pairs; best step 40 of 60."),
+        (
+            summary(0.6, 0.9, skipped_steps=3),
+            "; 3 of 60 steps skipped as not finite; held-out pairs told apart 0.75; best step",
+        ),
         ({"heldout_pair_accuracy": 0.75, "best_step": 40}, "No judge was given, so samples were not compared; held-out pairs"),
     ],
 )

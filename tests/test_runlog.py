@@ -56,6 +56,30 @@ def test_truncate_refuses_a_log_that_is_not_the_checkpoints(tmp_path: Path):
     assert log.truncate(0) == 1
 
 
+def test_a_log_whose_beginning_was_changed_is_refused(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    log = RunLog(path)
+    log.append({"step": 1, "loss": 0.5})
+    seen, digest = log.offset(), log.digest(log.offset())
+    log.append({"step": 2})
+    assert log.digest(seen) == digest and not log.torn()
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"0.5", b"0.4"))
+    with pytest.raises(ValueError, match=f"metrics.jsonl: its first {seen} bytes are not those that the checkpoint has seen"):
+        RunLog(path).truncate(seen, digest)
+    assert b"0.4" in path.read_bytes() and RunLog(path).truncate(seen) == 1  # of a checkpoint that has no digest
+    path.write_bytes(whole[:-3])
+    assert RunLog(path).torn() and RunLog(path).truncate(seen, digest) == 1
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"}"])
+def test_a_damaged_line_is_named(byte: bytes, tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": ' + byte + b'}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: damaged \(.*\); put the log back"):
+        read(path)
+
+
 def test_disk_full_takes_the_line_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     log = RunLog(tmp_path / "metrics.jsonl")
     log.append({"step": 1})

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from mmpo import train as loop
 from mmpo.cache import Cache
 from mmpo.errors import RunFailed
 from mmpo.interruption import Interrupted
+from mmpo.objective import Objective, make_term
 from mmpo.progress import Run, record
 from mmpo.reference import Cached, Values, anew, unwrap
 from mmpo.reference import build as build_reference
 from mmpo.runlog import read
 from mmpo.saving import resume
 from mmpo.schema import Recipe, ReferenceConfig, TrainConfig
+from mmpo.scores import Losses
 from mmpo.state import pack_optimizer, unpack_optimizer
 from mmpo.train import batch_of, evaluate_now, learning_rate, optimize, order, train
 from tests.tiny_run import line_pairs, line_run, weight
@@ -153,6 +156,25 @@ def test_resuming_elsewhere_says_in_one_line_that_the_bits_may_differ(
     assert said == f"  not bit-identical to a run without a break: threads {threads}, now {threads + 1}" and not rest
 
 
+def test_what_a_resumed_log_drops_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it was all written before the first checkpoint. A log that was edited before that is refused."""
+    run = line_run(tmp_path)
+    run.log.append({"event": "start"})
+    assert not resume(line_run(tmp_path))
+    assert "log.0.jsonl: 1 line after the checkpoint dropped\n" in capsys.readouterr().out
+    train(run := line_run(tmp_path), 2)
+    run.log.append({"event": "end"})
+    with run.log.path.open("ab") as file:
+        file.write(b'{"ev')
+    whole = run.log.path.read_bytes()
+    run.log.path.write_bytes(whole.replace(b"0.", b"1.", 1))
+    with pytest.raises(ValueError, match="are not those that the checkpoint has seen"):
+        resume(line_run(tmp_path))
+    run.log.path.write_bytes(whole)
+    assert resume(line_run(tmp_path))
+    assert "log.0.jsonl: 2 lines after the checkpoint dropped, the last one torn\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["start", "ema", "none"])
 def test_a_later_rounds_reference_comes_back(tmp_path: Path, kind: str) -> None:
     """Also where scores of the first round's reference are cached: they are not replayed for the second one's."""
@@ -185,7 +207,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pair(tmp_
     pairs[5] = line_pairs(6, weight=float("inf"))[5]
     run = line_run(tmp_path, pairs, batch_size=8)
     before = weight(run)
-    with pytest.raises(RunFailed, match=r"step 1: the loss of pair 5 is not finite; the step was not applied"):
+    with pytest.raises(
+        RunFailed, match=r"step 1: the loss of pair 5 is not finite \(its scores or its weight are not\); the step was not"
+    ):
         train(run, 6)
     assert torch.equal(weight(run), before) and run.progress.step == 0 and read(run.log.path) == []
 
@@ -194,15 +218,37 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     run = line_run(tmp_path)
     next(run.model.parameters()).register_hook(lambda g: g * float("nan"))
     before = weight(run)
-    with pytest.raises(RunFailed, match="the gradient of pairs .* is not finite; the step was not applied"):
+    four = ", ".join([r"\d+"] * 4)
+    said = rf"the gradient of pairs {four} is not finite \(of the terms dpo\); the step was not applied"
+    with pytest.raises(RunFailed, match=said):
         train(run, 6)
     assert torch.equal(weight(run), before)
+
+
+def test_the_first_term_that_is_not_finite_is_named_and_all_pairs_up_to_five(tmp_path: Path) -> None:
+    run = line_run(tmp_path, line_pairs(8), batch_size=8)
+    terms = [make_term("dpo", beta=1.0), make_term("nll"), make_term("ipo", beta=1.0)]
+    broken = replace(terms[1], loss=lambda chosen: Losses(chosen.logp * float("inf")))
+    run.objective = Objective([terms[0], broken, terms[2]])
+    with pytest.raises(RunFailed, match=r"of pair \d, \d, \d, \d, \d and 3 more is not finite \(first in the term nll\)"):
+        train(run, 1)
+
+
+def test_skipping_ends_with_the_budget_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By default a hundredth of the steps, but always one."""
+    for number, (budget, allowed) in enumerate(((None, 1), (0.5, 3), (0.0, 1))):
+        pairs = line_pairs(8, weight=float("nan"))
+        run = line_run(tmp_path / str(number), pairs, on_nonfinite="skip", nonfinite_budget=budget)
+        said = rf"step {allowed + 1}: .*{allowed + 1} steps were not by now, train.nonfinite_budget allows {allowed} of 6\."
+        with pytest.raises(RunFailed, match=said):
+            train(run, 6)
+        assert run.progress.step == allowed
 
 
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path: Path) -> None:
     pairs = line_pairs(8)
     pairs[5] = line_pairs(6, weight=float("nan"))[5]
-    run = line_run(tmp_path, pairs, on_nonfinite="skip", optimizer="adamw")
+    run = line_run(tmp_path, pairs, on_nonfinite="skip", nonfinite_budget=0.5, optimizer="adamw")
     weights = [weight(run)]
     for step in range(1, 7):
         train(run, step)
@@ -217,7 +263,7 @@ def test_a_loss_remembers_the_steps_that_were_taken_and_no_others(tmp_path: Path
     """BCO's count of rewards: two of each row. It is saved, comes back, and a look before the first step is no step."""
     bco, pairs = {"loss": "bco", "beta": 1.0}, line_pairs(8)
     pairs[5] = line_pairs(6, weight=float("nan"))[5]
-    skipping = line_run(tmp_path / "a", pairs, bco, on_nonfinite="skip", accumulate=2)
+    skipping = line_run(tmp_path / "a", pairs, bco, on_nonfinite="skip", nonfinite_budget=0.5, accumulate=2)
     loop.forward(skipping, 0, 0)
     assert skipping.objective.states["0.bco.count"].item() == 0
     train(skipping, 3)

@@ -16,8 +16,9 @@ import pytest
 from accelerate.utils import set_seed
 
 from mmpo import cli
-from mmpo.checkpoint import clear_leftovers, load_latest
+from mmpo.checkpoint import load_latest
 from mmpo.progress import Run
+from mmpo.runfolder import clear_leftovers
 from mmpo.saving import resume
 from mmpo.train import train
 from tests.killed_runs import JUDGE, content, fork, ready, run_server, stop_at

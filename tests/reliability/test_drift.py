@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mmpo import cli, launch
+import mmpo
+from mmpo import cli, drift, launch
 from mmpo.checkpoint import load_latest
+from mmpo.errors import RecipeError
 from tests.reliability.counters import counter
 from tests.tiny_run import load, make_world, settings
 
@@ -53,6 +55,26 @@ def test_every_changed_setting_is_named(world: Path, capsys: pytest.CaptureFixtu
         assert f"different: {named}" in said and f"--allow-drift {named}" in said and said.count("--allow-drift") == 1, said
     assert files(world / "run") == before
     counter("T12", "changed settings", len(CHANGES), "refused, named, nothing written", time.monotonic() - began)
+
+
+def test_another_version_of_mmpo_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is noted where it is allowed; a run that began before versions were recorded has none to differ."""
+    began, run = time.monotonic(), tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    known = json.loads((run / "inputs.json").read_text())
+    digests = {name: value for name, value in known["digests"].items() if name != "mmpo"}
+    assert known["digests"]["mmpo"] == mmpo.__version__
+
+    def claim(was: dict[str, str], *allowed: str) -> list[dict[str, str]]:
+        (run / "inputs.json").write_text(json.dumps({"digests": was, "drift": []}))
+        drift.claim_inputs(run, digests, allowed)
+        return list(json.loads((run / "inputs.json").read_text())["drift"])
+
+    with pytest.raises(RecipeError, match=r"a run of other inputs; different: mmpo\. .*--allow-drift mmpo$"):
+        claim({**digests, "mmpo": "0.0.1"})
+    noted = {"key": "mmpo", "was": "0.0.1", "now": mmpo.__version__}
+    assert claim({**digests, "mmpo": "0.0.1"}, "mmpo") == [noted] and claim(digests) == []
+    counter("T12", "another version of mmpo", 1, "refused, named", time.monotonic() - began)
 
 
 def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
