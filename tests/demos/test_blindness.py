@@ -223,6 +223,8 @@ def test_videos_keep_their_streams_and_no_names(container: str, codec: str, soun
     assert not re.search(rb"x264|Lavf\d", sent) and (told or not re.search(rb"x265|Lavc\d", sent))
     before, after = media.open_video(data), media.open_video(sent)
     assert (before.frames == after.frames).all() and np.abs(before.timestamps - after.timestamps).max() < 2e-3
+    old: Any
+    new: Any
     with av.open(io.BytesIO(data)) as old, av.open(io.BytesIO(sent)) as new:
         assert len(new.streams) == 1 + bool(sound) and new.chapters() == []
         streams = [file.streams.get(video=0, audio=0) if sound else file.streams.get(video=0) for file in (old, new)]
