@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -32,6 +33,15 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.reason = status, reason
         self.headers = {"retry-after": f"{wait:.0f}"} if wait else {}
+
+
+def canonical(name: str) -> str:
+    """A host's name as it is compared: lower case, without the dot of the root, addresses in their shortest form."""
+    name = name.lower().removesuffix(".")
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmpo import masking
 from mmpo.demos import login, policy
 from mmpo.demos.accounts import NAME, SESSION, Accounts, Sessions
-from mmpo.demos.doors import LOOPBACK, WHO, Doors, Refused
+from mmpo.demos.doors import LOOPBACK, WHO, Doors, Refused, canonical
 from mmpo.demos.rates import Rates
 
 ANY = frozenset({"0.0.0.0", "::"})  # bound to every address of the machine: any address will do, but no foreign name
@@ -193,9 +193,8 @@ def check_host(headers: Headers, names: frozenset[str]) -> str:
 
 
 def host_name(host: str) -> str:
-    """Of `name:port`, lower case, IPv6 without its brackets."""
-    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    return name.lower().removesuffix(".")
+    """Of `name:port`, IPv6 without its brackets, as it is compared."""
+    return canonical(host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0])
 
 
 def check_origin(headers: Headers, host: str) -> None:

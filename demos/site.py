@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import webbrowser
@@ -21,11 +22,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mmpo import masking, network
 from mmpo.demos import accounts, theme
-from mmpo.demos.doors import LOOPBACK, WHO, Doors
+from mmpo.demos.accounts import Accounts
+from mmpo.demos.doors import LOOPBACK, WHO, Doors, canonical
 from mmpo.errors import MissingExtra, RecipeError
 from mmpo.lock import RunBusy, RunLock
 
@@ -61,15 +64,24 @@ class Site:
     uploads: bool = False
 
 
-def build(site: Site, *, names: frozenset[str] = LOOPBACK, auth: Path | None = None) -> FastAPI:
-    """The ASGI app of a page. names: what this server is called, in requests' Host header. auth: file of accounts.
+def build(site: Site, *, names: frozenset[str] = LOOPBACK, people: Accounts | None = None) -> FastAPI:
+    """The ASGI app of a page. names: what this server is called, in requests' Host header.
 
-    Raises MissingExtra without Gradio, RecipeError for a file of accounts that cannot be used. The cache lies beside
-    `site.media`, closed to other users, and is gone when the app's lifespan ends.
+    Raises MissingExtra without Gradio. The cache lies beside `site.media`, closed to other users. It is gone, and the site
+    closed, when the app's lifespan ends or when there is no app.
     """
-    people = accounts.read(auth) if auth else None
+    with contextlib.ExitStack() as ends:
+        ends.callback(site.close)
+        app = _built(site, names, people, ends)
+        app.state.ends = ends.pop_all()
+    return app
+
+
+def _built(site: Site, names: frozenset[str], people: Accounts | None, ends: contextlib.ExitStack) -> FastAPI:
     media, private = site.media.resolve(), tuple(path.resolve() for path in site.private)
     lock, cache = private_folder(media.parent)
+    ends.callback(shutil.rmtree, cache, ignore_errors=True)
+    ends.callback(lock.release)
     network.close()
     for name in _OTHERS:
         os.environ.pop(name, None)
@@ -81,13 +93,9 @@ def build(site: Site, *, names: frozenset[str] = LOOPBACK, auth: Path | None = N
     from mmpo.demos.guard import Guard
 
     @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        try:
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        with app.state.ends:
             yield
-        finally:
-            site.close()
-            lock.release()
-            shutil.rmtree(cache, ignore_errors=True)
 
     app = FastAPI(routes=[*site.routes, *static(site)], lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     own = tuple(route.path_regex for route in site.routes if hasattr(route, "path_regex"))
@@ -152,7 +160,7 @@ def private_folder(beside: Path) -> tuple[RunLock, Path]:
 
 
 def serve(
-    site: Site,
+    make: Callable[[], Site],
     *,
     host: str = "127.0.0.1",
     port: int | None = None,
@@ -161,8 +169,9 @@ def serve(
 ) -> None:
     """Serve a page until it is interrupted, and print its address. port: default 7860, or the next one that is free.
 
+    make: makes the site, once it is known that it can be served, so that a start that is refused leaves nothing behind.
     show: open it in the browser. Raises RecipeError when the host is not this machine alone and there are no accounts, and
-    when the address cannot be used.
+    when the accounts or the address cannot be used.
     """
     import uvicorn
 
@@ -170,20 +179,43 @@ def serve(
         raise RecipeError(
             f"--host {host} lets other machines in: give --auth-file too (`mmpo demo password NAME` prints its lines)"
         )
-    names = LOOPBACK if is_loopback(host) else LOOPBACK | {host.lower(), socket.gethostname().lower()}
-    bound = listening(host, port)
-    where = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
-    _log_to_stderr()
-    app = build(site, names=names, auth=auth_file.resolve() if auth_file else None)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="on",
-        limit_concurrency=512, timeout_keep_alive=15, timeout_graceful_shutdown=2,
-    )  # fmt: skip
-    print(f"{site.title}: {where}  (Ctrl-C ends it)", flush=True)
-    if show:
-        Timer(1.0, webbrowser.open, (where,)).start()
-    with empty_directory():
-        uvicorn.Server(config).run(sockets=[bound])
+    people = accounts.read(auth_file) if auth_file else None
+    names = LOOPBACK | {canonical(host)} | (set() if is_loopback(host) else {socket.gethostname().lower()})
+    with listening(host, port) as bound, ended_by_sigterm():
+        where = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
+        _log_to_stderr()
+        site = make()
+        app = build(site, names=names, people=people)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none", lifespan="on",
+            limit_concurrency=512, timeout_keep_alive=15, timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        print(f"{site.title}: {where}  (Ctrl-C ends it)", flush=True)
+        if show:
+            Timer(1.0, webbrowser.open, (where,)).start()
+        with empty_directory():
+            uvicorn.Server(config).run(sockets=[bound])
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM leaves this block as an exception does, so that what is temporary goes, and ends the process then."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_loopback(host: str) -> bool:

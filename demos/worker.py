@@ -27,6 +27,8 @@ from mmpo.demos.systems import Source
 TIMEOUT = 300.0  # seconds of one request
 START_TIMEOUT = 900.0  # of loading models
 GRACE = 5.0  # between being asked to stop and being killed
+AWAY = 5.0  # after which one who waits, but does not look whether it is their turn, is passed by
+ENDS = 2  # processes in a row that end before they answer anything, until no other is started
 KINDS = ("waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed")
 LAST = frozenset({"done", "stopped", "failed"})
 Kind = Literal["waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed"]
@@ -57,6 +59,15 @@ class State:
     judged: bool = False
 
 
+@dataclass(eq=False)
+class Place:
+    """One in the line of those who ask. seen: when they last looked. served: whether their request is being answered."""
+
+    owner: str
+    seen: float
+    served: bool = False
+
+
 class Worker:
     """The models of a source, behind a pipe. files: folder for samples. opener: what opens the source, there."""
 
@@ -73,15 +84,16 @@ class Worker:
             opener,
         )
         self.state = State("starting")
-        self._turn, self._change = threading.Lock(), threading.RLock()
+        self._change, self._turns = threading.RLock(), threading.Condition()
         self._process: Any = None
         self._pipe: Connection | None = None
         self._events: queue.Queue[Event] = queue.Queue()
         self._number, self._owner = 0, ""
-        self._waiting: list[str] = []  # whose request waits for its turn
+        self._line: list[Place] = []  # first come, first served
         self._loading = ""  # whose request waits for the models
         self._left: set[str] = set()  # who wants no answer any more
         self._began, self._stopping = 0.0, 0.0
+        self._begun, self._ends = False, 0  # whether this process has begun to answer; ends in a row of those that had not
 
     def start(self) -> None:
         """Start the process; returns at once, and `state` tells when it is ready."""
@@ -93,7 +105,7 @@ class Worker:
             process = context.Process(target=serve, args=(far, self.source, self.files, self.cache, self.opener), daemon=True)
             process.start()
             far.close()
-            self._process, self._pipe, self._began = process, near, time.monotonic()
+            self._process, self._pipe, self._began, self._begun = process, near, time.monotonic(), False
             self.state = State("starting", prompts=self.state.prompts, judged=self.state.judged)
             threading.Thread(target=self._listen, args=(near, process), daemon=True).start()
 
@@ -107,15 +119,15 @@ class Worker:
         files that stand before the words.
         """
         self._left.discard(owner)
-        self._waiting.append(owner)
+        place = Place(owner, time.monotonic())
+        with self._turns:
+            self._line.append(place)
         try:
-            while not self._turn.acquire(timeout=0.5):
+            while before := self._before(place):
                 if owner in self._left:
                     return (yield Event("stopped"))
-                yield Event("waiting", value={"note": "Waiting: the models answer somebody else."})
-        finally:
-            self._waiting.remove(owner)
-        try:
+                told = "one request is" if before == 1 else f"{before} requests are"
+                yield Event("waiting", value={"note": f"Waiting: {told} answered before yours."})
             yield from self._until_ready(owner)
             if owner in self._left:
                 return (yield Event("stopped"))
@@ -125,12 +137,31 @@ class Worker:
             request = {"words": words, "seeds": list(seeds), "held": held, "steps": steps, "pictures": list(pictures)}
             yield from self._answered(request, owner)
         finally:
-            self._turn.release()
+            with self._turns:
+                self._line.remove(place)
+                self._turns.notify_all()
+
+    def _before(self, place: Place) -> int:
+        """How many are answered before this one; 0 when its turn has come, which it then has. Waits a little for that."""
+        with self._turns:
+            before = self._ahead(place)
+            if before:
+                self._turns.wait(0.5)
+                before = self._ahead(place)
+            place.served = not before
+            return before
+
+    def _ahead(self, place: Place) -> int:
+        place.seen = now = time.monotonic()
+        earlier = self._line[: self._line.index(place)]
+        wait = [p for p in earlier if not p.served and p.owner not in self._left and now - p.seen < AWAY]
+        return len(wait) + sum(p.served for p in self._line)
 
     def cancel(self, owner: str = "") -> bool:
         """Ask the request of this owner to stop, whether it is answered or still waits; whether there was one."""
         with self._change:
-            if owner and (owner in self._waiting or owner == self._loading):
+            waits = any(p.owner == owner and not p.served for p in self._line)
+            if owner and (waits or owner == self._loading):
                 self._left.add(owner)
                 return True
             running = bool(self._owner) and self._owner == (owner or self._owner)
@@ -229,6 +260,8 @@ class Worker:
             self.state = State("ready", prompts=self.state.prompts, judged=said["judged"])
         elif said["kind"] == "prompts":
             self.state = State("ready", said.get("message", ""), tuple(said["prompts"]), self.state.judged)
+        elif said["kind"] == "begun":
+            self._begun = True
         elif said["kind"] == "broken":
             self.state = State("failed", said["message"])
         elif said["id"] == self._number:
@@ -237,15 +270,23 @@ class Worker:
             self._events.put(Event(said["kind"], said.get("system", 0), said.get("index", 0), value))
 
     def _ended(self, code: int | None) -> None:
-        """The process is gone: what was asked of it fails, and a new one is started, but not where none gets ready."""
+        """The process is gone: what was asked of it fails, and a new one is started, but not where none comes to answer."""
         was = self.state
         if was.name == "failed":
             return
         if was.name == "starting":
             self.state = State("failed", f"The models' process {fate(code)} while it loaded them. Start the command again.")
             return
-        self._events.put(Event("failed", value={"message": f"The models' process {fate(code)}. It is being started again."}))
-        self.start()
+        self._ends = 0 if self._begun else self._ends + 1
+        lasts = self._ends >= ENDS
+        when = "while it read the held-out prompts" if was.prompts is None else "before it answered anything"
+        rest = f" {when}, {ENDS} times in a row. Start the command again." if lasts else ". It is being started again."
+        message = f"The models' process {fate(code)}{rest}"
+        self._events.put(Event("failed", value={"message": message}))
+        if lasts:
+            self.state = State("failed", message)
+        else:
+            self.start()
 
     def _again(self) -> None:
         """Kill the process and start another."""
@@ -314,6 +355,7 @@ def answer(opened: Any, link: Link, request: dict[str, Any]) -> None:
     def tell(kind: str, **fields: Any) -> None:
         link.say(kind, id=request["id"], **fields)
 
+    tell("begun")
     try:
         opened.answer(request, tell, check)
         tell("done")

@@ -43,7 +43,7 @@ def compare(
     source = page.open_source(run or (None if model or samples else newest_run()), model or (), samples)
     if source.pool is not None:
         tell_rest(source.pool)
-    site.serve(page.compare_site(source), host=host, port=port, auth_file=auth_file, show=open_page)
+    site.serve(lambda: page.compare_site(source), host=host, port=port, auth_file=auth_file, show=open_page)
 
 
 @app.command()
@@ -70,8 +70,8 @@ def vote(
     where = source or newest_run()
     opened = pool.open_pool(where, "vote")
     tell_rest(opened)
-    page = vote_site(opened, folder_for(out or pool.default_folder(where)), "vote")
-    site.serve(page, host=host, port=port, auth_file=auth_file, show=open_page)
+    votes = folder_for(out or pool.default_folder(where))
+    site.serve(lambda: vote_site(opened, votes, "vote"), host=host, port=port, auth_file=auth_file, show=open_page)
 
 
 @app.command()
@@ -91,8 +91,8 @@ def label(
 
     opened = pool.open_pool(folder, "label")
     tell_rest(opened)
-    page = vote_site(opened, folder_for(out or pool.default_folder(folder)), "label")
-    site.serve(page, host=host, port=port, auth_file=auth_file, show=open_page)
+    votes = folder_for(out or pool.default_folder(folder))
+    site.serve(lambda: vote_site(opened, votes, "label"), host=host, port=port, auth_file=auth_file, show=open_page)
 
 
 @app.command()

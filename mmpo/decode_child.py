@@ -147,15 +147,58 @@ def by_soundfile(soundfile: ModuleType, data: bytearray, request: Request) -> De
     return {"rate": rate}, samples.T
 
 
-DECODERS = {"decord": by_decord, "av": by_av, "soundfile": by_soundfile}
-LATER = {"av": [f"av.{kind}.{part}" for kind in ("audio", "video", "subtitles") for part in ("codeccontext", "stream")]}
+def repacked(av: ModuleType, data: bytearray, request: Request) -> Decoded:
+    """The first video and audio stream in a new container, MP4 or WebM, as bytes; nothing is decoded.
+
+    Packets, times and the turn of the picture are kept. Names, tags, chapters, attachments and other streams stay behind, and
+    of H.264 the messages (SEI) in which encoders name themselves.
+    """
+    out, most = io.BytesIO(), 2 * len(data) + 2**16  # tables that name the same bytes again and again would fill the memory
+    with av.open(io.BytesIO(data), format=request["container"], options={"protocol_whitelist": ""}) as file:
+        taken = [file.streams.video[0], *file.streams.audio[:1]]
+        to = "webm" if request["container"] == "matroska" and codec_of(taken[0]) in WEBM else "mp4"
+        with av.open(out, "w", format=to, options={"fflags": "+bitexact"}) as made:
+            copies = {stream.index: copy_of(av, stream, made) for stream in taken}
+            made.metadata.clear()
+            for packet in file.demux(taken):
+                stream, silenced = copies[packet.stream.index]
+                for part in silenced.filter(packet) if packet.size else ():  # an empty one would end the filter
+                    part.stream = stream
+                    made.mux(part)
+                if out.tell() > most:
+                    raise Refused(f"more than {most} bytes once repacked")
+    return {"container": to}, np.frombuffer(out.getvalue(), np.uint8)
+
+
+def copy_of(av: ModuleType, stream: Any, made: Any) -> tuple[Any, Any]:
+    """A stream like this one, without its tags, and the filter that its packets pass."""
+    copy = made.add_stream_from_template(stream, opaque=True)
+    copy.metadata.clear()
+    return copy, av.bitstream.BitStreamFilterContext(SILENCED.get(codec_of(stream), "null"), stream, copy)
+
+
+def codec_of(stream: Any) -> str:
+    """FFmpeg's name of what a stream is coded in, whatever library decodes it."""
+    return str(stream.codec_context.codec.canonical_name)
+
+
+WEBM = {"vp8", "vp9", "av1"}  # what browsers play in it
+SILENCED = {"h264": "filter_units=remove_types=6"}  # NAL units that a decoder does not need
+DECODERS = {"decord": by_decord, "av": by_av, "soundfile": by_soundfile, "repack": repacked}
+MODULES = {"decord": "decord", "av": "av", "soundfile": "soundfile", "repack": "av"}
+LATER = {
+    "av": [
+        "av.bitstream",
+        *(f"av.{kind}.{part}" for kind in ("audio", "video", "subtitles") for part in ("codeccontext", "stream")),
+    ]
+}
 
 
 def answer(request: Request, modules: dict[str, ModuleType | str], link: int) -> None:
-    """Decode what comes through the descriptor `link` and send back the length of a header, the header, and the array."""
+    """Decode or repack what comes through the descriptor `link`; send the length of a header, the header, and the array."""
     try:
         data = received(link, request["size"])
-        module = modules[request["decoder"]]
+        module = modules[MODULES[request["decoder"]]]
         if isinstance(module, str):
             raise RuntimeError(module)
         header, array = DECODERS[request["decoder"]](module, data, request)
@@ -214,7 +257,7 @@ def imported(name: str) -> ModuleType | str:
 
 def serve(control: socket.socket) -> None:
     """Fork once for each request; each comes with the descriptor to talk through, and is answered with an exit code."""
-    modules = {name: imported(name) for name in DECODERS}
+    modules = {name: imported(name) for name in set(MODULES.values())}
     silence = os.open(os.devnull, os.O_WRONLY)
     control.sendall(b"ready")
     while True:

@@ -69,9 +69,10 @@ _lock = threading.Lock()
 def decode(
     decoder: str, data: bytes, limits: Limits, frames: int | None = None, container: str | None = None
 ) -> tuple[dict[str, Any], NDArray[Any]]:
-    """What `decoder` (decord, av, soundfile) makes of a file: rate (and, of video, timestamps), and the array.
+    """What `decoder` (decord, av, soundfile) makes of a file: rate (and, of video, timestamps), and the array; of `repack`,
+    the container of a clean copy, and its bytes.
 
-    frames: how many, evenly spread; None: all. container: FFmpeg's name of the format, for av. Raises Undecodable
+    frames: how many, evenly spread; None: all. container: FFmpeg's name of the format, for av and repack. Raises Undecodable
     when the decoder gives up, DataError when the file is over a limit or the decoder crashed or hung on it, or was killed
     twice: after the first time a new process decodes the file again.
     """

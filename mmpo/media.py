@@ -249,10 +249,7 @@ def open_video(source: Block | bytes | Path, frames: int | None = None, limits: 
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames: expected at least 1 or None, found {frames}")
-    data, origin = _source(source, "video", limits)
-    container = _video_container(data)
-    if not container:
-        raise DataError(f"{origin}: expected MP4, MOV, Matroska, WebM or AVI, found a file that starts with {data[:12]!r}")
+    data, container, origin = _video(source, limits)
     failures = []
     for decoder in ("decord", "av"):
         try:
@@ -267,6 +264,22 @@ def open_video(source: Block | bytes | Path, frames: int | None = None, limits: 
                 raise DataError(f"{origin}: {decoder} returned {array.shape} of {array.dtype} and {times.shape} times")
             return Video(array, times, float(header["rate"]), decoder)
     raise DataError(f"{origin}: cannot be decoded ({'; '.join(failures)})")
+
+
+def repacked(source: Block | bytes | Path, limits: Limits = LIMITS) -> tuple[str, bytes]:
+    """Container (mp4, webm) and bytes of a video whose streams are the same, and nothing else: no tags, names, tools, times.
+
+    source: as for `open_video`. The pictures are not decoded. What a decoder needs stays, and with it what an encoder wrote
+    there (HEVC, MPEG-4 part 2, AAC, Vorbis). Raises DataError naming the file as `open_video` does, but for damaged pictures.
+    """
+    data, container, origin = _video(source, limits)
+    try:
+        header, array = decode("repack", data, limits, None, container)
+    except DataError as error:
+        raise DataError(f"{origin}: cannot be repacked ({error})") from error
+    if array.ndim != 1 or array.dtype != np.uint8 or header["container"] not in ("mp4", "webm"):
+        raise DataError(f"{origin}: repacking returned {array.shape} of {array.dtype} in {header['container']!r}")
+    return str(header["container"]), array.tobytes()
 
 
 def open_audio(source: Block | bytes | Path, limits: Limits = LIMITS) -> Audio:
@@ -299,6 +312,15 @@ def _source(source: Block | bytes | Path, kind: str, limits: Limits) -> tuple[by
     if len(data) > limits.size:
         raise DataError(f"{origin}: {len(data)} bytes, expected at most {limits.size}")
     return data, origin
+
+
+def _video(source: Block | bytes | Path, limits: Limits) -> tuple[bytes, str, str]:
+    """The bytes, FFmpeg's name of their format, and the name for messages."""
+    data, origin = _source(source, "video", limits)
+    container = _video_container(data)
+    if not container:
+        raise DataError(f"{origin}: expected MP4, MOV, Matroska, WebM or AVI, found a file that starts with {data[:12]!r}")
+    return data, container, origin
 
 
 def _video_container(data: bytes) -> str | None:

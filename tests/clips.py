@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from typing import Any
 
 import av
@@ -31,6 +32,14 @@ def video(container: str = "mp4", codec: str | None = None, frames: int = 24, wi
         for packet in stream.encode():
             file.mux(packet)
     return buffer.getvalue()
+
+
+def turned(data: bytes, degrees: int) -> bytes:
+    """An MP4 file with the orientation of a telephone held sideways: the matrix of its track header."""
+    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of times, layer, volume before the matrix
+    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    a, b, c, d = (v * 0x10000 for v in matrix)
+    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :]
 
 
 def sound(format: str = "WAV", seconds: float = 0.5, rate: int = 16_000, channels: int = 2) -> bytes:

@@ -64,23 +64,15 @@ def test_what_decord_cannot_pyav_decodes() -> None:
     assert video.decoder == "av" and video.frames.shape == (24, 48, 64, 3)
 
 
-def turned(data: bytes, degrees: int) -> bytes:
-    """An MP4 file with the orientation of a telephone held sideways: the matrix of its track header."""
-    at = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of times, layer, volume before the matrix
-    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
-    a, b, c, d = (v * 0x10000 for v in matrix)
-    return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000) + data[at + 36 :]
-
-
 @pytest.mark.parametrize("size", [(64, 48), (64, 64), (50, 34)])
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_a_video_comes_out_upright(degrees: int, size: tuple[int, int]) -> None:
     width, height = size
     plain = clips.video(width=width, height=height)
     expected = np.rot90(media.open_video(plain, 1).frames[0], -degrees // 90).astype(int)
-    found = media.open_video(turned(plain, degrees), 1).frames[0]
+    found = media.open_video(clips.turned(plain, degrees), 1).frames[0]
     assert np.abs(expected - found).max() <= 3
-    again = decoding.decode("av", turned(plain, degrees), LIMITS, 1, "mov")[1][0]
+    again = decoding.decode("av", clips.turned(plain, degrees), LIMITS, 1, "mov")[1][0]
     assert np.abs(expected - again).max() <= 3
 
 

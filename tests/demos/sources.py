@@ -58,6 +58,19 @@ def dies(source: Source, files: Path, cache: Path) -> Says:
     return Says()
 
 
+class ReadsBadly(Says):
+    """Its prompts cannot be read: whatever reads them ends the process."""
+
+    def held_out(self) -> list[dict[str, Any]]:
+        os._exit(9)
+
+
+def dies_reading(source: Source, files: Path, cache: Path) -> Says:
+    with (files / "starts").open("a") as file:
+        file.write("started\n")
+    return ReadsBadly()
+
+
 PICTURES = Source("pictures", "image", ("base", "aligned"), (4, "denoiser steps"))
 
 

@@ -151,7 +151,7 @@ def test_login(browser: Browser, tmp_path: Path) -> None:
     people = tmp_path / "accounts"
     people.touch(0o600)
     people.write_text(accounts.line("tim", "correct horse battery"))
-    with serving(vote_page(tmp_path, "text"), auth=people) as url:
+    with serving(vote_page(tmp_path, "text"), people=accounts.read(people)) as url:
         look(browser, url, "login", tmp_path, lambda page: expect(page.locator("#password")).to_be_visible())
 
 

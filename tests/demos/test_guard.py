@@ -14,6 +14,7 @@ pytest.importorskip("starlette")
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
@@ -73,7 +74,7 @@ def people() -> Accounts:
 # --- names, origins, sizes ---
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:7860", "LOCALHOST", "[::1]:7860", "localhost."])
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:7860", "LOCALHOST", "[::1]:7860", "localhost.", "[0:0::1]"])
 def test_answers_to_its_names(client: Any, host: str) -> None:
     assert client().get("/config", headers={"host": host}).status_code == 200
 
@@ -286,6 +287,23 @@ def test_other_machines_come_in_with_a_password_only(host: str) -> None:
     nothing: Any = None
     with pytest.raises(RecipeError, match="--auth-file"):
         serve(nothing, host=host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "127.1.2.3"])
+def test_a_server_answers_at_the_address_that_it_prints(
+    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import uvicorn
+
+    from mmpo.demos import site
+
+    names: list[frozenset[str]] = []
+    monkeypatch.setattr(site, "build", lambda made, **options: names.append(options["names"]))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    monkeypatch.setattr(site, "_log_to_stderr", lambda: None)
+    serve(lambda: site.Site("Title", lambda: None, Path("/nowhere")), host=host)  # type: ignore[arg-type, return-value]
+    printed = capsys.readouterr().out.split()[1].removeprefix("http://").rstrip("/")
+    assert printed.startswith(host) and guard.check_host(Headers({"host": printed}), names[0]) == printed
 
 
 # --- what is said and written ---

@@ -79,6 +79,57 @@ def test_votes_that_cannot_be_kept_anywhere_name_the_option(capsys: pytest.Captu
         assert f"{out}: votes cannot be kept there (" in told and "choose another folder with --out" in told
 
 
+@pytest.mark.parametrize("why", ["no accounts", "bad accounts", "a port in use"])
+def test_a_start_that_is_refused_leaves_nothing_behind(
+    why: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No votes.db, after which the folder would be refused elsewhere, no cache, no models that were started."""
+    pytest.importorskip("gradio")
+    from mmpo.demos import compare, site
+
+    monkeypatch.setattr(compare, "compare_site", lambda source: pytest.fail("models are started"))
+    samples = picture_folder(tmp_path / "samples", 2)
+    (people := tmp_path / "accounts").touch(0o600)
+    before = sorted(tmp_path.rglob("*"))
+    with site.listening("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        options = {
+            "no accounts": ["--host", "0.0.0.0"],
+            "bad accounts": ["--auth-file", str(people)],
+            "a port in use": ["--port", port],
+        }[why]
+        for words in (["vote", str(samples)], ["label", str(samples)], ["compare", "--samples", str(samples)]):
+            assert cli.main(["demo", *words, *options]) == cli.USAGE
+            told = {"no accounts": "--auth-file", "bad accounts": "holds no account", "a port in use": port}[why]
+            assert told in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sigterm_removes_what_is_temporary() -> None:
+    code = (
+        "import os, signal\nfrom mmpo.demos import site\nwith site.ended_by_sigterm(), site.empty_directory():\n"
+        "    print(os.getcwd(), flush=True)\n    os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    folder = Path(ended.stdout.strip())
+    assert ended.returncode == -signal.SIGTERM and folder.name.startswith("mmpo-demo-") and not folder.exists()
+
+
+def test_a_page_that_cannot_be_made_closes_what_it_had(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from mmpo.demos import site
+
+    def broken() -> None:
+        raise ValueError("no page")
+
+    closed: list[bool] = []
+    (tmp_path / "media").mkdir()
+    with pytest.raises(ValueError, match="no page"):
+        site.build(site.Site("t", broken, tmp_path / "media", close=lambda: closed.append(True)))  # type: ignore[arg-type]
+    assert closed == [True] and list(tmp_path.iterdir()) == [tmp_path / "media"]
+
+
 @contextmanager
 def started(*words: str, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process of `mmpo demo ...`, and the address that it printed."""

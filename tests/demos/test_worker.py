@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from mmpo.demos import worker
 from mmpo.demos.worker import LAST, Event, Worker, fate
-from tests.demos.sources import WORDS, cannot, dies, says
+from tests.demos.sources import WORDS, cannot, dies, dies_reading, says
 
 
 @contextmanager
@@ -112,6 +113,39 @@ def test_one_request_at_a_time(shared: Worker) -> None:
     assert seen[-1].kind == "done"
 
 
+def test_who_comes_first_is_served_first(shared: Worker) -> None:
+    """And each knows how many come before; one who has gone away without a word keeps nobody waiting."""
+    first = shared.sample("long", [0], owner="first")
+    assert next(first).kind == "progress"
+    gone = shared.sample("gone", [0], owner="gone")
+    assert "one request is" in next(gone).value["note"]
+    shared._line[1].seen -= worker.AWAY
+    served: list[str] = []
+    notes: dict[str, str] = {}
+
+    def ask(name: str) -> None:
+        for event in shared.sample(name, [0], owner=name):
+            notes.setdefault(name, event.value.get("note", ""))
+            if event.kind == "sample" and event.system == 0:
+                served.append(name)
+
+    names = [f"{i:02d}" for i in range(5)]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+    for i, thread in enumerate(threads):
+        thread.start()
+        wait_for(lambda i=i: len(shared._line) == i + 3)  # type: ignore[misc]
+    wait_for(lambda: len(notes) == 5)
+    shared.cancel("first")
+    list(first)
+    for thread in threads:
+        thread.join(20)
+    assert served == names
+    assert notes["00"] == "Waiting: one request is answered before yours."
+    assert notes["04"] == "Waiting: 5 requests are answered before yours."
+    gone.close()  # type: ignore[attr-defined]
+    assert shared._line == []
+
+
 def test_a_crash_is_a_message_and_a_new_process(tmp_path: Path) -> None:
     with working(tmp_path) as worker:
         last = asked(worker, "crash")[-1]
@@ -157,6 +191,23 @@ def test_a_process_that_dies_while_loading_is_not_started_for_ever(tmp_path: Pat
         last = asked(worker, "hello")[-1]
         assert last.kind == "failed" and "while it loaded them" in last.value["message"]
         assert worker.state.name == "failed"
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_at_its_prompts_is_not_started_for_ever(tmp_path: Path) -> None:
+    with working(tmp_path, dies_reading) as worker:
+        wait_for(lambda: worker.state.name == "failed")
+        assert "exit code 9 while it read the held-out prompts" in worker.state.message
+        assert asked(worker, "hello")[-1].value["message"] == worker.state.message
+    assert (tmp_path / "starts").read_text().count("started") == 2
+
+
+@pytest.mark.slow
+def test_requests_that_crash_do_not_end_the_models_for_others(tmp_path: Path) -> None:
+    with working(tmp_path) as worker:
+        for _ in range(3):
+            assert "started again" in asked(worker, "crash")[-1].value["message"]
+        assert asked(worker, "after")[-1].kind == "done"
 
 
 @pytest.mark.slow
