@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -12,13 +13,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError, create_model
 
 from mmpo import yaml_source
+from mmpo.datasets.fingerprints import ROOT, files_of, hub_folder
 from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
 from mmpo.find import find, names, nearest
-from mmpo.packaged import PREFIX
+from mmpo.packaged import PREFIX, resolve
 from mmpo.schema import Section
 
 ROOM = "datasets.builders"
+EMBEDDED = str(ROOT / "assets" / "collages")  # what the vision-language model called "embedded" is
 OPTION_OF = {"generator": "generator", "pair_judge": "judge", "point_judge": "judge"}  # and the embedders as they are called
 
 
@@ -48,6 +51,33 @@ def options_of(builder: str, words: Iterable[str]) -> dict[str, Any]:
     if problems:
         raise RecipeError(problems)
     return {name: getattr(found, name) for name in schema.model_fields}
+
+
+def check_options(builder: str, options: Mapping[str, Any], choice: ToolChoice) -> None:
+    """Asks a builder whether it takes its options, before anything is loaded or read. Raises its ValueError.
+
+    It is given tools and a pool that do nothing; a builder that asks something of them meanwhile is not checked here.
+    """
+    pool = {"pool": _NotYet()} if "pool" in inspect.signature(find(ROOM, builder)).parameters else {}
+    given = {f.name: _NotYet() for f in fields(Tools) if getattr(choice, OPTION_OF.get(f.name, f.name)) is not None}
+    with contextlib.suppress(_TooEarly):
+        find(ROOM, builder)(Tools(**given), **options, **pool)
+
+
+class _TooEarly(Exception):
+    pass
+
+
+class _NotYet:
+    """Stands where a tool or a pool will be."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise _TooEarly
+
+    def __getattr__(self, name: str) -> Any:
+        raise _TooEarly
+
+    __iter__ = __len__ = __getitem__ = __contains__ = __call__
 
 
 def _read(words: Iterable[str], what: str) -> tuple[dict[str, Any], list[str]]:
@@ -97,6 +127,32 @@ class ToolChoice:
             name: value for name, value in asdict(self).items() if name not in ("device", "plugins") and value not in (None, ())
         }
 
+    def modules(self) -> list[str]:
+        """The modules that these tools are code of."""
+        named = [("judges", self.judge), *(("datasets.embedders", spec) for spec in (self.image_embedder, self.text_embedder))]
+        found = ["mmpo.modalities.vlm_generate"] if self.generator and not _is_plugin(self.generator) else []
+        for room, spec in (("", self.generator), *named):
+            name = (spec or "").partition("=")[0]
+            if spec and _is_plugin(spec):
+                found.append(name.partition(":")[0])
+            elif room and name in names(room):
+                found.append(f"mmpo.{room}.{name}")
+            elif room == "judges" and name:
+                found.append("mmpo.modalities.vlm_generate")
+        return [*found, "mmpo.datasets.judge_tools"] if self.judge else found
+
+    def files(self) -> dict[str, dict[str, str]]:
+        """sha256 of every file of the models, by tool; nothing for a model of the hub that may be downloaded later on."""
+        settings = _read(self.settings, "--set")[0]
+        hub, lora = not settings.get("allow_download"), settings.get("lora")
+        paths = {
+            "generator": _place(self.generator, hub=hub), "lora": _place(lora.get("path")) if isinstance(lora, dict) else None,
+            "judge": None if self.judge == "generator" else _place(self.judge, "judges", hub),
+            "image_embedder": _place(self.image_embedder, "datasets.embedders"),
+            "text_embedder": _place(self.text_embedder, "datasets.embedders"),
+        }  # fmt: skip
+        return {name: files_of(path) for name, path in paths.items() if path is not None}
+
     def check(self, builder: str, needs: Iterable[str], aspects: Iterable[str] = ()) -> None:
         """Raises RecipeError for needs that are not met, each with the option that meets it.
 
@@ -128,6 +184,17 @@ class ToolChoice:
             for kind, spec in (("image_embedder", self.image_embedder), ("text_embedder", self.text_embedder))
         }
         return Tools(generator=generator, pair_judge=pairs, point_judge=points, **embedders)
+
+
+def _place(spec: str | None, room: str = "", hub: bool = False) -> Path | None:
+    """The file or folder of a tool's weights; None where it has none of its own, or none is here. hub: look there, too."""
+    name, _, path = (spec or "").partition("=")
+    named = spec and (_is_plugin(spec) or (room and name in names(room)))
+    place = path if named else spec
+    if not place:
+        return None
+    found = Path(EMBEDDED if place == "embedded" else resolve(place))
+    return hub_folder(place) if hub and not found.exists() else found
 
 
 def _is_plugin(spec: str) -> bool:

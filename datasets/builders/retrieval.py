@@ -63,8 +63,6 @@ def prepare(
     embedder = tools.image_embedder
     if embedder is None:
         raise ValueError("retrieval: expected an image_embedder")
-    if neighbours < 1:
-        raise ValueError(f"retrieval.neighbours: expected at least 1, got {neighbours}")
     keys: list[str] = []
     vectors: list[np.ndarray] = []
     for blocks in _batched(_distinct_images(records), batch):
@@ -139,6 +137,8 @@ def retrieval(
     that follow no instructions can do as well. similarity: a candidate with a text cosine at or above is too alike.
     temperature, max_new_tokens: of every generation.
     """
+    if neighbours < 1:
+        raise ValueError(f"retrieval.neighbours: expected at least 1, got {neighbours}")
     if not 0 < share <= 1:
         raise ValueError(f"retrieval.share: expected a share in (0, 1], got {share}")
     if share < 1 and masking == "model":
