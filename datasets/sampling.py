@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -75,9 +76,12 @@ def judged_pair(record: Record, chosen: str, rejected: str, scores: Mapping[str,
 
 
 def number(value: Any, stage: str) -> float | None:
-    """A judge's score as a number. Raises ValueError for text, which would compare as text ("10" < "2")."""
+    """A judge's score as a number; None for no vote, and for one that is not finite, which is neither above nor below another.
+
+    Raises ValueError for text, which would compare as text ("10" < "2").
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError(f"stage {stage}: expected a number or None from the judge, found {type(value).__name__} {value!r}")
-    return float(value)
+    return float(value) if math.isfinite(value) else None

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmpo import media
 from mmpo.datasets.answer_filters import edit_distance, holds_box, length_ratio
-from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio
+from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio, unseen
 from mmpo.datasets.collage_images import GRIDS, Composite, grid, inset, noisy
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.pairing import pair_id
@@ -121,9 +121,10 @@ def collage(
     asked cell, or all of an inset, in the picture that the model answers; the pair has the clean one.
     max_answer: records with an answer of so many characters or more are dropped. select: keep what the model was not looking
     at, or everything. sequence_ratios: greatest share of attention by number of images; grid_ratios and inset_ratio_below:
-    shares that have to be undercut. regions: whether attention on a grid counts where an image was pasted, or by even cells, as
-    in the paper's code. min_perplexity: answers more certain than that are dropped. max_length_ratio, min_edit_distance: of
-    the two answers, see mmpo.datasets.answer_filters; off by default, the paper gives no numbers.
+    shares that have to be undercut. regions: whether attention on a grid counts where an image was pasted, or by even cells of
+    the canvas; the paper's code cuts all that the model sees evenly, the tokens of its padding included. min_perplexity:
+    answers more certain than that are dropped. max_length_ratio, min_edit_distance: of the two answers, see
+    mmpo.datasets.answer_filters; off by default, the paper gives no numbers.
     """
     _checked(kinds, sequence_counts, grid_counts, sequence_ratios, grid_ratios, select)
     _checked_words(reference=(reference,), later=(later,), openings=openings)
@@ -308,7 +309,10 @@ def _answered(record: Record, answer: Answer, attention: bool, regions: str) -> 
 
 
 def _ratio(made: Mapping[str, Any], answer: Answer, regions: str) -> float:
-    """Attention on the asked image over that on all. Raises LookupError where the generator gave none that says so."""
+    """Attention on the asked image over that on all. Raises LookupError where the generator gave none that says so.
+
+    So it does for a grid of which a processor cut a whole panel off, as that of LLaVA-1.5 does without `pad_to_square`.
+    """
     if made["kind"] == "sequence":
         if answer.image_mass is None:
             raise LookupError("no attention: answer of one token")
@@ -318,6 +322,8 @@ def _ratio(made: Mapping[str, Any], answer: Answer, regions: str) -> float:
     if made["kind"] == "inset":
         return inset_ratio(answer.region_mass)
     boxes = [region["box"] for region in made["regions"]] if regions == "boxes" else made["cells"]
+    if unseen(answer.region_mass, boxes, made["size"]):  # it could be chosen or left out by nothing but its place
+        raise LookupError("a panel that the model does not see")
     return grid_ratio(answer.region_mass, boxes, made["size"], made["target"] - 1)
 
 
