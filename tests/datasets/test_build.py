@@ -183,6 +183,43 @@ def test_a_plugins_generator_that_lacks_a_keyword_is_refused_before_any_record()
         ToolChoice(generator=spec).make()
 
 
+@pytest.mark.parametrize(
+    ("choice", "problems"),
+    [
+        (
+            ToolChoice("DIR", settings=("dtype=bfloat16", "batch_sise=2")),
+            ["--set dtype: wrong value (got bfloat16, expected 'fp32', 'bf16' or", "--set batch_sise: unknown key"],
+        ),
+        (ToolChoice("DIR", settings=("batch_size=0",)), ["--set batch_size: wrong value (got 0, expected greater than 0)"]),
+        (ToolChoice("DIR", settings=("images={pad: true}",)), ["--set images.pad: unknown key"]),
+        (ToolChoice("DIR", settings=("path=other",)), ["--set path: is what --generator says"]),
+        (ToolChoice("DIR", settings=("dtype",)), ["--set: not an option (got 'dtype', expected key=value)"]),
+        (ToolChoice(GENERATOR, settings=("dtype=bf16",)), ["--set dtype: is for --generator DIR, a model's directory"]),
+        (ToolChoice(judge="DIR", judge_settings=("dtype=half",)), ["--judge-set dtype: wrong value"]),
+        (ToolChoice("DIR", "generator", judge_settings=("dtype=bf16",)), ["--judge-set dtype: is for --judge DIR"]),
+        (ToolChoice("DIR", "sentiment=X", judge_settings=("dtype=bf16",)), ["--judge-set dtype: is for --judge DIR"]),
+    ],
+)  # fmt: skip
+def test_settings_that_a_model_does_not_have_are_named(choice: ToolChoice, problems: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        choice.check("x", set())
+    assert all(problem in str(error.value) for problem in problems) and "pydantic" not in str(error.value), error.value
+
+
+def test_a_judges_directory_is_loaded_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: dict[str, Any] = {}
+    made = types.SimpleNamespace(generator=lambda path, device, **settings: loaded.update({path: settings}))
+    monkeypatch.setitem(sys.modules, "mmpo.modalities.vlm_generate", made)
+    ToolChoice("G", "J", settings=("dtype=bf16",), judge_settings=("quantize=4bit", "batch_size=2")).make()
+    assert loaded == {"G": {"dtype": "bf16"}, "J": {"quantize": "4bit", "batch_size": 2}}
+
+
+@pytest.mark.parametrize("word", ["dtype=bf16", "batch_size=16"])
+def test_settings_in_the_guide_and_the_help_are_taken(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ToolChoice("DIR", settings=(word,)).check("x", set())
+    assert f"`{word}`" in (ROOT / "docs" / "pairs.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("home", ["benchmarks.photo_pairs:Looking", "mmpo.modalities.vlm_generate:Answers"])
 def test_generators_of_ours_take_what_builders_say(home: str) -> None:
     module, _, name = home.partition(":")
