@@ -12,7 +12,9 @@ import hashlib
 import itertools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -112,6 +114,15 @@ class LocalExecutor:
             yield number, inputs, maker.pairs(items, ledger), ledger
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Pillow advises whoever decodes a palette with transparency, at each pass, to keep it; mmpo.media drops it on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+        yield
+
+
+@_without_advice()
 def build(order: Order) -> dict[str, Any]:
     """Make the pairs of an order in the folder `order.out`, or what is missing of them; returns what build.json says.
 

@@ -168,6 +168,8 @@ def pairs(
     given: dict[str, Any] = {"format": format, "root": root, "on_bad": on_bad, "limit": limit, "executor": executor}
     story = build(Order(builder, data, out, tuple(options or ()), tools=tools, seed=seed, workers=workers, **given))
     print("\n".join([*lines(story), f"{out}: {story['pairs']} pairs of format mmpo"]))
+    if not story["pairs"]:
+        raise DataError(f"{out}: no pair was made of {data}; the counts above say what became of its rows and records")
     if preview is not None:
         from mmpo.datasets.preview import write_preview
 

@@ -118,9 +118,9 @@ def _divided(record: Record, statements: Sequence[list[str] | None]) -> Result:
 
 def verdict(value: Any) -> float | None:
     """Whether a statement holds, 1 or 0, or None for no vote. Raises ValueError for a score: how high would be true?"""
-    found = number(value, "checks")
+    found = number(value)
     if found not in (None, 0, 1):
-        raise ValueError(f"stage checks: expected 1 (the statement holds), 0 or None from the judge, found {value!r}")
+        raise ValueError(f"expected 1 (the statement holds), 0 or None from the judge, found {value!r}")
     return found
 
 

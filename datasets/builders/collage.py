@@ -25,7 +25,7 @@ from mmpo.datasets.collage_images import GRIDS, Composite, grid, inset, noisy
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.pairing import pair_id
 from mmpo.datasets.sources import Question, about_one_image
-from mmpo.datasets.stages import Dropped, Record, Result, Stage, each
+from mmpo.datasets.stages import Dropped, Record, Result, Stage, at_least, each
 from mmpo.datasets.tools import Answer, Tools
 from mmpo.pair import Block, Pair, Role, text
 
@@ -128,9 +128,8 @@ def collage(
     """
     _checked(kinds, sequence_counts, grid_counts, sequence_ratios, grid_ratios, select)
     _checked_words(reference=(reference,), later=(later,), openings=openings)
-    _checked_numbers(
-        tile=(tile, 1), margin=(margin, 0), label=(label, 0), grid_noise=(grid_noise, 0), inset_noise=(inset_noise, 0)
-    )
+    at_least(tile=(tile, 1), margin=(margin, 0), label=(label, 0), max_new_tokens=(max_new_tokens, 1))
+    at_least(grid_noise=(grid_noise, 0), inset_noise=(inset_noise, 0))
     if not 0 < share < 1:
         raise ValueError(f"share: expected a share of the outer picture between 0 and 1, found {share}")
     if pool is None:
@@ -176,13 +175,6 @@ def _checked_words(**given: Sequence[str]) -> None:
                 opening.format(k=1)
             except (KeyError, IndexError, ValueError) as error:
                 raise ValueError(f"{name}: expected text in which {{k}} is the image's number, found {opening!r}") from error
-
-
-def _checked_numbers(**given: tuple[float, float]) -> None:
-    """Raises ValueError for a number below its least."""
-    for name, (value, least) in given.items():
-        if not value >= least:
-            raise ValueError(f"{name}: expected at least {least}, found {value}")
 
 
 def _plan(

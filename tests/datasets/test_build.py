@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mmpo import cli, find, media
 from mmpo.datasets import build as building
@@ -250,6 +251,35 @@ def test_the_how_to_of_a_new_builder_works(tmp_path: Path) -> None:
     made = list(execute(records, stages, seed=0, ledger=ledger))
     assert len(made) == 2 and ledger.skipped == {"pair: right without seeing": 1}
     assert all(isinstance(record.fields["pair"], Pair) for record in made)
+
+
+@pytest.mark.parametrize(
+    ("builder", "choice"),
+    [("collage", ToolChoice("D")), ("bias_sampling", ToolChoice("D", text_embedder="letters")),
+     ("retrieval", ToolChoice("D", None, "pixels", "letters")), ("claims", ToolChoice("D", "generator")),
+     ("annotate", ToolChoice("D", "generator")), ("rank_and_sift", ToolChoice("D", "generator"))],
+)  # fmt: skip
+def test_answers_without_tokens_are_refused_by_name(builder: str, choice: ToolChoice) -> None:
+    options = builder_options.options_of(builder, ["max_new_tokens=0"])
+    with pytest.raises(ValueError, match="^max_new_tokens: expected at least 1, found 0$"):
+        builder_options.check_options(builder, options, choice)
+
+
+def test_a_build_without_a_pair_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_llava(tmp_path / "in", crops(3, 32))
+    words = ["pairs", "collage", *SMALL, "max_answer=1", "--data", str(data), "--out", str(tmp_path / "out"), "--generator"]
+    for _ in range(2):  # also where it was made before
+        assert cli.main([*words, GENERATOR, "--plugin", "tests.datasets.photos"]) == cli.DATA
+        said = capsys.readouterr()
+        assert "skipped 3: plan: answer too long" in said.out and "no pair was made of" in said.err
+
+
+def test_a_palette_with_transparency_is_no_news(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    data = write_llava(tmp_path / "in", crops(3, 32))
+    picture = Image.fromarray(crops(1, 32)[0]).quantize(8)
+    picture.save(data.parent / "photos" / "00001.png", transparency=bytes(range(8)))
+    build(order(data, tmp_path / "out"))
+    assert not [w for w in recwarn if "Palette" in str(w.message)]
 
 
 def test_options_are_read_as_yaml() -> None:

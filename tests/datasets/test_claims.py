@@ -158,7 +158,7 @@ def test_the_ratio_is_the_best_of_the_grid(lengths: list[tuple[int, int]]) -> No
 def test_a_statement_holds_or_does_not(value: float) -> None:
     unsure, _, _ = tools("The sky is red. It is night.", "The sky is red.")
     judged = dataclasses.replace(unsure, point_judge=Grades(lambda statement, aspect: value))
-    with pytest.raises(ValueError, match=rf"stage checks: expected 1 .* 0 or None from the judge, found {value}"):
+    with pytest.raises(ValueError, match=rf"stage checks, record a: expected 1 .* 0 or None from the judge, found {value}"):
         built(claims(judged, answers=2, split="sentences"), record())
     nothing = dataclasses.replace(unsure, point_judge=Grades(lambda statement, aspect: float("nan")))
     _, why = built(claims(nothing, answers=2, split="sentences"), record())

@@ -78,7 +78,7 @@ def test_scores_compare_as_numbers() -> None:
     """Ten is more than nine; in the published scripts for video and images "10" < "9"."""
     points = {"a 2": 10.0, "b 1": 9.0}
     assert [words(r) for r in built(rank_and_sift(tools(points)[0]), record("r", "a 2", "b 1"))[0]] == [("a 2", "b 1")]
-    with pytest.raises(ValueError, match="stage points: expected a number or None from the judge, found str '10'"):
+    with pytest.raises(ValueError, match="stage points, record r: expected a number or None from the judge, found str '10'"):
         built(rank_and_sift(tools({"a 2": "10", "b 1": "9"})[0]), record("r", "a 2", "b 1"))
 
 
