@@ -1,13 +1,17 @@
 """How much of a model's attention was on the image it was asked about: the ratios of MIA-DPO's selection.
 
-Behaviour checked against Liuziyu77/MIA-DPO@a85c51a gen_data/gen_chosen_rejected.
+Behaviour checked against Liuziyu77/MIA-DPO@a85c51a gen_data/gen_chosen_rejected. Each ratio raises LookupError, with a
+reason in a few words, where there is no attention to take a share of.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+
+LEAST_SEEN = 0.25  # of a panel: CLIP's crop shows half of the outer ones of two rows of three, and a sliver of those of one row
 
 
 def sequence_ratio(image_mass: Sequence[float], target: int, tokens: Sequence[int] | None = None) -> float:
@@ -17,7 +21,7 @@ def sequence_ratio(image_mass: Sequence[float], target: int, tokens: Sequence[in
     more of them; None: all have as many.
     """
     means = [mass / count for mass, count in zip(image_mass, tokens or [1] * len(image_mass), strict=True)]
-    return float(means[target] / sum(means))
+    return _share(means[target], sum(means))
 
 
 def grid_ratio(region_mass: np.ndarray, boxes: Sequence[Sequence[int]], size: Sequence[int], target: int) -> float:
@@ -27,7 +31,18 @@ def grid_ratio(region_mass: np.ndarray, boxes: Sequence[Sequence[int]], size: Se
     pixels; a token that a box covers in part counts in part.
     """
     masses = [_within(region_mass, box, size) for box in boxes]
-    return float(masses[target] / sum(masses))
+    return _share(masses[target], sum(masses))
+
+
+def unseen(region_mass: np.ndarray, boxes: Sequence[Sequence[int]], size: Sequence[int]) -> list[int]:
+    """Which boxes were cut off by a processor: less than LEAST_SEEN of their area has any attention.
+
+    What is seen gets some, however little, by the softmax.
+    """
+    (height, width), shown = region_mass.shape, (region_mass > 0).astype(float)
+    pixel = height * width / (size[0] * size[1])
+    areas = [(right - left) * (bottom - top) * pixel for left, top, right, bottom in boxes]
+    return [k for k, (box, area) in enumerate(zip(boxes, areas, strict=True)) if _within(shown, box, size) < LEAST_SEEN * area]
 
 
 def inset_ratio(region_mass: np.ndarray, share: float = 2 / 3) -> float:
@@ -35,7 +50,13 @@ def inset_ratio(region_mass: np.ndarray, share: float = 2 / 3) -> float:
     height, width = region_mass.shape
     rows, columns = max(1, round(share * height)), max(1, round(share * width))
     top, left = (height - rows) // 2, (width - columns) // 2
-    return float(region_mass[top : top + rows, left : left + columns].sum() / region_mass.sum())
+    return _share(region_mass[top : top + rows, left : left + columns].sum(), region_mass.sum())
+
+
+def _share(part: float, whole: float) -> float:
+    if not (math.isfinite(whole) and whole > 0):
+        raise LookupError("no attention on any image")
+    return float(part / whole)
 
 
 def _within(region_mass: np.ndarray, box: Sequence[int], size: Sequence[int]) -> float:

@@ -1,19 +1,22 @@
 """`mmpo pairs NAME`: from a source and a builder to a folder of pairs, the same bytes however often it was killed on the way.
 
 The source is read in parts of 32 records; each part goes through the builder's stages, on this process or on Ray's workers,
-and is stored when it is done. At the end the parts become one table, and build.json says how it was made and what became of
-every row of the source and every record of the builder.
+and is stored when it is done. At the end the parts become one table, and build.json says how it was made, of which data, and
+what became of every row of the source and every record of the builder. A folder counts as made already only where all of that
+is as it was: the settings, the code, the files of the models, the source and the tables.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +26,8 @@ from tqdm import tqdm
 
 from mmpo import __version__, find, network
 from mmpo.checkpoint import write_atomic
-from mmpo.datasets.builder_options import ROOM, ToolChoice, as_json, module_of, options_of
+from mmpo.datasets.builder_options import ROOM, ToolChoice, as_json, check_options, module_of, options_of
+from mmpo.datasets.fingerprints import code_of, files_of
 from mmpo.datasets.ledger import Ledger, Policy
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.ray_executor import Made, Part, RayExecutor
@@ -110,6 +114,15 @@ class LocalExecutor:
             yield number, inputs, maker.pairs(items, ledger), ledger
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Pillow advises whoever decodes a palette with transparency, at each pass, to keep it; mmpo.media drops it on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+        yield
+
+
+@_without_advice()
 def build(order: Order) -> dict[str, Any]:
     """Make the pairs of an order in the folder `order.out`, or what is missing of them; returns what build.json says.
 
@@ -119,8 +132,9 @@ def build(order: Order) -> dict[str, Any]:
     options = options_of(order.builder, order.options)
     module = module_of(order.builder)
     order.tools.check(order.builder, module.NEEDS, getattr(module, "ASPECTS", ()))
+    check_options(order.builder, options, order.tools)
     settings = _settings(order, options)
-    if (story := _finished(order.out, settings)) is not None:
+    if (story := _finished(order, settings)) is not None:
         return story
     shards = Shards(order.out)
     if order.out.exists() and not shards.folder.exists() and any(order.out.iterdir()):
@@ -128,14 +142,14 @@ def build(order: Order) -> dict[str, Any]:
     with RunLock(shards.folder):
         _take(shards, settings)
         maker = Maker(order.builder, options, order.tools, order.seed)
-        total = _prepare(order, maker)
+        seen = _prepare(order, maker)
         ledger = Ledger(order.on_bad)
-        count = _make_parts(order, maker, shards, ledger, total)
-        made = Ledger("skip")
-        module = module_of(order.builder)
+        count, source = _make_parts(order, maker, shards, ledger, seen)
+        made, tables = Ledger("skip"), getattr(module, "TABLES", ("pairs",))
         select = partial(module.selection, **options) if hasattr(module, "selection") else None
-        pairs = shards.merge(count, made, getattr(module, "TABLES", ("pairs",)), select)
+        pairs = shards.merge(count, made, tables, select)
         story = settings | {"pairs": pairs, "source": ledger.counts(), "records": made.counts()}
+        story["sha256"] = {"source": source} | {name: digest for t in tables for name, digest in _table(order.out, t).items()}
         story["examples"] = {"source": dict(ledger.examples), "records": dict(made.examples)}
         if ledger.quarantined:
             write_atomic(order.out / "quarantine.jsonl", ledger.quarantine())
@@ -147,22 +161,47 @@ def build(order: Order) -> dict[str, Any]:
 def _settings(order: Order, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the pairs depend on, as JSON: not where they are written, nor by how many workers."""
     module = module_of(order.builder)
-    code = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    code = code_of([module.__name__, *order.tools.modules()])
+    files = order.tools.files()
+    files |= {name: files_of(Path(options[name])) for name in getattr(module, "FOLDERS", ()) if options[name] is not None}
     settings = {
         "builder": order.builder, "options": as_json(options), "seed": order.seed, "tools": order.tools.told(),
         "data": str(order.data), "format": order.format, "root": None if order.root is None else str(order.root),
-        "limit": order.limit, "on_bad": order.on_bad, "mmpo": __version__, "code": code,
+        "limit": order.limit, "on_bad": order.on_bad, "mmpo": __version__, "code": code, "files": files,
     }  # fmt: skip
     return dict(json.loads(json.dumps(settings)))
 
 
-def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What build.json says, if the folder holds the pairs that are asked for."""
-    if not (out / STORY).is_file() or (out / FOLDER).exists():
+def _finished(order: Order, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What build.json says, and "made" when, if the folder holds the pairs that are asked for, of the source as it is now.
+
+    Raises RecipeError where it holds others, or not what was written there.
+    """
+    out, note = order.out, order.out / STORY
+    if not note.is_file() or (out / FOLDER).exists():
         return None
-    story: dict[str, Any] = json.loads((out / STORY).read_text(encoding="utf-8"))
+    story: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     _same(out, {name: story.get(name) for name in settings}, settings)
-    return story
+    was: dict[str, str] = story["sha256"]
+    differ = [
+        f"{name} is {'not what was written there' if _table(out, Path(name).stem) else 'gone'}"
+        for name, digest in was.items()
+        if name != "source" and _table(out, Path(name).stem).get(name) != digest
+    ]
+    ledger = Ledger(order.on_bad)
+    source = _source(order, ledger)
+    for _ in tqdm(source, desc="compare", unit="record"):
+        pass
+    if source.digest != was["source"] or ledger.counts() != story["source"]:
+        differ.append(f"{order.data} has other data: was {_sum(story['source'])}, is {_sum(ledger.counts())}")
+    if differ:
+        raise RecipeError([f"--out {out} has pairs made before, and something has changed since; give another folder", *differ])
+    return story | {"made": f"{datetime.fromtimestamp(note.stat().st_mtime):%Y-%m-%d %H:%M}"}
+
+
+def _table(out: Path, table: str) -> dict[str, str]:
+    """The file of a table with its sha256; nothing where it is not there."""
+    return files_of(out / f"{table}.parquet")
 
 
 def _take(shards: Shards, settings: Mapping[str, Any]) -> None:
@@ -177,51 +216,69 @@ def _take(shards: Shards, settings: Mapping[str, Any]) -> None:
 
 def _same(out: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises RecipeError, naming the settings, for a folder that was made or begun with others."""
+    before, now = dict(_leaves(earlier)), dict(_leaves(settings))
     differ = [
-        f"{name} was {earlier.get(name)!r}, is {settings[name]!r}" for name in settings if earlier.get(name) != settings[name]
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
     ]
     if differ:
         raise RecipeError([f"--out {out} holds pairs made with other settings; give another folder", *differ])
 
 
-def _prepare(order: Order, maker: Maker) -> int | None:
-    """Let the builder see the whole source, if it wants to; returns the number of records where it is known by then."""
+def _leaves(settings: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        yield from _leaves(value, f"{at}{name}.") if isinstance(value, Mapping) and value else [(f"{at}{name}", value)]
+
+
+def _prepare(order: Order, maker: Maker) -> _Source | None:
+    """Let the builder see the whole source, if it wants to; returns what it read."""
     prepare: Callable[..., Any] | None = getattr(module_of(order.builder), "prepare", None)
     if prepare is None:
         return None
     root = order.root or (order.data if order.data.is_dir() else order.data.parent)
     store = MediaStore(order.out / FOLDER / "source", root)
-    seen = _Counted(tqdm(_source(order, Ledger(order.on_bad)), desc="read", unit="record"))
-    maker.pool = prepare(seen, maker.tools, media=store, seed=order.seed, **maker.options)
-    return seen.count
+    seen = _source(order, Ledger(order.on_bad))
+    maker.pool = prepare(tqdm(seen, desc="read", unit="record"), maker.tools, media=store, seed=order.seed, **maker.options)
+    return seen
 
 
-class _Counted:
-    """An iterable that knows how many items it gave."""
+class _Source:
+    """The records of a source, how many were read, and a digest of them."""
 
     def __init__(self, items: Iterable[Record]) -> None:
-        self.items, self.count = items, 0
+        self.items, self.count, self._sha256 = items, 0, hashlib.sha256()
 
     def __iter__(self) -> Iterator[Record]:
         for item in self.items:
             self.count += 1
+            self._sha256.update(inputs_digest([item]).encode())
             yield item
 
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
 
-def _source(order: Order, ledger: Ledger) -> Iterator[Record]:
-    return itertools.islice(records(order.data, ledger, format=order.format, root=order.root), order.limit)
+
+def _source(order: Order, ledger: Ledger) -> _Source:
+    return _Source(itertools.islice(records(order.data, ledger, format=order.format, root=order.root), order.limit))
 
 
-def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, total: int | None) -> int:
-    """Make the parts that are not there yet; returns how many there are."""
+def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, seen: _Source | None) -> tuple[int, str]:
+    """Make the parts that are not there yet; returns how many there are, and the digest of the source.
+
+    seen: what the builder saw beforehand. Its pairs depend on all of that, so that a part is made anew where any of it changed.
+    """
     executor = RayExecutor(order.workers) if order.executor == "ray" else LocalExecutor()
+    total, pool = (row_count(order.data), "") if seen is None else (seen.count, seen.digest)
     sizes: list[int] = []
-    with tqdm(total=total if total is not None else row_count(order.data), desc=order.builder, unit="record") as bar:
+    source = _source(order, ledger)
+    with tqdm(total=total, desc=order.builder, unit="record") as bar:
 
         def missing() -> Iterator[Part]:
-            source = _source(order, ledger)
-            while items := list(itertools.islice(source, PART)):
-                number, inputs = len(sizes), inputs_digest(items)
+            flow = iter(source)
+            while items := list(itertools.islice(flow, PART)):
+                number, inputs = len(sizes), pool + inputs_digest(items)
                 sizes.append(len(items))
                 if shards.holds(number, inputs):
                     bar.update(len(items))
@@ -232,7 +289,7 @@ def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, tota
             shards.write(number, inputs, pairs, made)
             bar.update(sizes[number])
             bar.set_postfix_str(f"{made.used} of {made.rows} in the last part", refresh=False)
-    return len(sizes)
+    return len(sizes), source.digest
 
 
 def row_count(path: Path) -> int | None:
@@ -249,7 +306,8 @@ def row_count(path: Path) -> int | None:
 def lines(story: Mapping[str, Any]) -> list[str]:
     """What became of every row and record, to print."""
     source, made = story["source"], story["records"]
-    found = [f"source: {_sum(source)}", *_reasons(source, story["examples"]["source"])]
+    found = [f"already made on {story['made']}: same settings, code, models, source and tables"] if "made" in story else []
+    found += [f"source: {_sum(source)}", *_reasons(source, story["examples"]["source"])]
     return [*found, f"{story['builder']}: {_sum(made)}, {story['pairs']} pairs", *_reasons(made, story["examples"]["records"])]
 
 

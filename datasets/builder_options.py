@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
@@ -9,16 +10,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, PositiveInt, ValidationError, create_model
 
 from mmpo import yaml_source
+from mmpo.datasets.fingerprints import ROOT, files_of, hub_folder
 from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
-from mmpo.find import find, names, nearest
-from mmpo.packaged import PREFIX
+from mmpo.find import find, model_config, names, nearest
+from mmpo.packaged import PREFIX, resolve
+from mmpo.recipe import _describe
 from mmpo.schema import Section
+from mmpo.yaml_source import Mark
 
 ROOM = "datasets.builders"
+EMBEDDED = str(ROOT / "assets" / "collages")  # what the vision-language model called "embedded" is
 OPTION_OF = {"generator": "generator", "pair_judge": "judge", "point_judge": "judge"}  # and the embedders as they are called
 
 
@@ -50,6 +55,33 @@ def options_of(builder: str, words: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(found, name) for name in schema.model_fields}
 
 
+def check_options(builder: str, options: Mapping[str, Any], choice: ToolChoice) -> None:
+    """Asks a builder whether it takes its options, before anything is loaded or read. Raises its ValueError.
+
+    It is given tools and a pool that do nothing; a builder that asks something of them meanwhile is not checked here.
+    """
+    pool = {"pool": _NotYet()} if "pool" in inspect.signature(find(ROOM, builder)).parameters else {}
+    given = {f.name: _NotYet() for f in fields(Tools) if getattr(choice, OPTION_OF.get(f.name, f.name)) is not None}
+    with contextlib.suppress(_TooEarly):
+        find(ROOM, builder)(Tools(**given), **options, **pool)
+
+
+class _TooEarly(Exception):
+    pass
+
+
+class _NotYet:
+    """Stands where a tool or a pool will be."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise _TooEarly
+
+    def __getattr__(self, name: str) -> Any:
+        raise _TooEarly
+
+    __iter__ = __len__ = __getitem__ = __contains__ = __call__
+
+
 def _read(words: Iterable[str], what: str) -> tuple[dict[str, Any], list[str]]:
     """`key=value` words as values, and what is wrong with the others."""
     given, problems = {}, []
@@ -78,9 +110,10 @@ class ToolChoice:
     """Which tools a builder is given, in words that another process can make them from.
 
     generator: a directory of a vision-language model; settings: `key=value` words of its section in a recipe. judge: such a
-    directory, a name out of mmpo/judges, or "generator" for the generator itself. image_embedder, text_embedder: a name out of
-    datasets/embedders. Names may be followed by =PATH, where their weights are. A plugin's function, `module:function`, is
-    called with (path, device) and returns the tool; as judge, an object that is both judges. plugins: the modules allowed.
+    directory, with judge_settings, a name out of mmpo/judges, or "generator" for the generator itself. image_embedder,
+    text_embedder: a name out of datasets/embedders. Names may be followed by =PATH, where their weights are. A plugin's
+    function, `module:function`, is called with (path, device) and returns the tool; as judge, an object that is both judges.
+    plugins: the modules allowed.
     """
 
     generator: str | None = None
@@ -90,12 +123,39 @@ class ToolChoice:
     device: str = "cpu"
     plugins: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    judge_settings: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """What of it a pair may depend on, as JSON."""
         return {
             name: value for name, value in asdict(self).items() if name not in ("device", "plugins") and value not in (None, ())
         }
+
+    def modules(self) -> list[str]:
+        """The modules that these tools are code of."""
+        named = [("judges", self.judge), *(("datasets.embedders", spec) for spec in (self.image_embedder, self.text_embedder))]
+        found = ["mmpo.modalities.vlm_generate"] if self.generator and not _is_plugin(self.generator) else []
+        for room, spec in (("", self.generator), *named):
+            name = (spec or "").partition("=")[0]
+            if spec and _is_plugin(spec):
+                found.append(name.partition(":")[0])
+            elif room and name in names(room):
+                found.append(f"mmpo.{room}.{name}")
+            elif room == "judges" and name:
+                found.append("mmpo.modalities.vlm_generate")
+        return [*found, "mmpo.datasets.judge_tools"] if self.judge else found
+
+    def files(self) -> dict[str, dict[str, str]]:
+        """sha256 of every file of the models, by tool; nothing for a model of the hub that may be downloaded later on."""
+        told, judges = _read(self.settings, "--set")[0], _read(self.judge_settings, "--judge-set")[0]
+        paths = {
+            "generator": _place(self.generator, hub=not told.get("allow_download")), "lora": _lora(told),
+            "judge": None if self.judge == "generator" else _place(self.judge, "judges", not judges.get("allow_download")),
+            "judge_lora": _lora(judges),
+            "image_embedder": _place(self.image_embedder, "datasets.embedders"),
+            "text_embedder": _place(self.text_embedder, "datasets.embedders"),
+        }  # fmt: skip
+        return {name: files_of(path) for name, path in paths.items() if path is not None}
 
     def check(self, builder: str, needs: Iterable[str], aspects: Iterable[str] = ()) -> None:
         """Raises RecipeError for needs that are not met, each with the option that meets it.
@@ -109,6 +169,7 @@ class ToolChoice:
         }
         if missing:
             raise RecipeError([f"{builder}: needs --{option}" for option in sorted(missing)])
+        self.models()
         if aspects and self.judge and not _is_plugin(self.judge) and self.judge.partition("=")[0] in names("judges"):
             asked = ", ".join(sorted(aspects))
             raise RecipeError(
@@ -116,18 +177,68 @@ class ToolChoice:
                 "of a vision-language model, 'generator', or a plugin"
             )
 
+    def models(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How generator and judge are loaded. Raises RecipeError with every setting that they do not have."""
+        judge = self.judge or ""
+        is_folder = judge != "generator" and judge.partition("=")[0] not in names("judges")
+        settings, wrong = _settings("--set", self.settings, "--generator", self.generator)
+        of_judge, more = _settings("--judge-set", self.judge_settings, "--judge", judge, is_folder)
+        if wrong or more:
+            raise RecipeError([*wrong, *more])
+        return settings, of_judge
+
     def make(self) -> Tools:
         """The tools, loaded."""
-        settings, problems = _read(self.settings, "--set")
-        if problems:
-            raise RecipeError(problems)
+        settings, of_judge = self.models()
         generator = None if self.generator is None else _generator(self.generator, self.device, settings)
-        pairs, points = (None, None) if self.judge is None else _judges(self.judge, generator, self.device)
+        pairs, points = (None, None) if self.judge is None else _judges(self.judge, generator, self.device, of_judge)
         embedders = {
             kind: None if spec is None else _named("datasets.embedders", spec, self.device)
             for kind, spec in (("image_embedder", self.image_embedder), ("text_embedder", self.text_embedder))
         }
         return Tools(generator=generator, pair_judge=pairs, point_judge=points, **embedders)
+
+
+def _settings(
+    option: str, words: Iterable[str], of: str, spec: str | None, is_folder: bool = True
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings of a model's directory as they are given, and what is wrong with them.
+
+    of: the option that names the directory, `spec`, if it is one.
+    """
+    given, problems = _read(words, option)
+    if not given:
+        return {}, problems
+    if not spec or not is_folder or _is_plugin(spec):
+        return {}, [
+            *problems,
+            f"{option} {', '.join(given)}: is for {of} DIR, a model's directory (got {of} {spec or 'not at all'})",
+        ]
+    if "path" in given:
+        problems.append(f"{option} path: is what {of} says")
+    schema = create_model("settings", __base__=model_config("vlm"), batch_size=(PositiveInt | None, None))
+    try:
+        schema.model_validate({**given, "path": spec})
+    except ValidationError as error:
+        problems += _describe(error, schema, {(): Mark(option)})
+    return given, problems
+
+
+def _lora(settings: Mapping[str, Any]) -> Path | None:
+    """The adapter's folder, where settings name one."""
+    lora = settings.get("lora")
+    return _place(lora.get("path")) if isinstance(lora, Mapping) else None
+
+
+def _place(spec: str | None, room: str = "", hub: bool = False) -> Path | None:
+    """The file or folder of a tool's weights; None where it has none of its own, or none is here. hub: look there, too."""
+    name, _, path = (spec or "").partition("=")
+    named = spec and (_is_plugin(spec) or (room and name in names(room)))
+    place = path if named else spec
+    if not place:
+        return None
+    found = Path(EMBEDDED if place == "embedded" else resolve(place))
+    return hub_folder(place) if hub and not found.exists() else found
 
 
 def _is_plugin(spec: str) -> bool:
@@ -155,7 +266,7 @@ def _lacking(made: Any) -> list[str]:
     return [p.name for p in wanted if p.kind is p.KEYWORD_ONLY and p.name not in {t.name for t in taken}]
 
 
-def _judges(spec: str, generator: Any, device: str) -> tuple[Any, Any]:
+def _judges(spec: str, generator: Any, device: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """A pair judge and a point judge."""
     from mmpo.datasets.judge_tools import ModelPairs, ModelPoints, judge_pairs, judge_points
 
@@ -167,7 +278,7 @@ def _judges(spec: str, generator: Any, device: str) -> tuple[Any, Any]:
         return judge_pairs(judge), judge_points(judge)
     if spec == "generator" and generator is None:
         raise RecipeError("--judge generator: there is no --generator")
-    model = generator if spec == "generator" else _generator(spec, device)
+    model = generator if spec == "generator" else _generator(spec, device, settings)
     return ModelPairs(model), ModelPoints(model)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mmpo.datasets.pairing import digest, pair_id
-from mmpo.datasets.stages import Dropped, Record, Result, Stage
+from mmpo.datasets.stages import Dropped, Record, Result, Stage, at_least
 from mmpo.datasets.tools import Generator
 from mmpo.pair import Block, Pair, text
 
@@ -24,6 +25,7 @@ def sampled(generator: Generator | None, count: int, *, temperature: float, max_
     Raises ValueError for a count below 2, for a temperature of 0, at which all answers are one, and on running without a
     generator where the source has no candidates.
     """
+    at_least(max_new_tokens=(max_new_tokens, 1))
     if count < 2 or temperature <= 0:
         raise ValueError(f"answers: expected at least 2 at a temperature above 0, found {count} at {temperature}")
 
@@ -74,10 +76,13 @@ def judged_pair(record: Record, chosen: str, rejected: str, scores: Mapping[str,
     return Pair(name, record.prompt, *sides, scores=dict(scores), group=digest(*record.prompt), meta=dict(meta))
 
 
-def number(value: Any, stage: str) -> float | None:
-    """A judge's score as a number. Raises ValueError for text, which would compare as text ("10" < "2")."""
+def number(value: Any) -> float | None:
+    """A judge's score as a number; None for no vote, and for one that is not finite, which is neither above nor below another.
+
+    Raises ValueError for text, which would compare as text ("10" < "2").
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ValueError(f"stage {stage}: expected a number or None from the judge, found {type(value).__name__} {value!r}")
-    return float(value)
+        raise ValueError(f"expected a number or None from the judge, found {type(value).__name__} {value!r}")
+    return float(value) if math.isfinite(value) else None

@@ -22,7 +22,8 @@ What only the finished pairs together can tell (RLAIF-V's balance of lengths) is
     def selection(sides: Iterable[tuple[str, str]], *, <options>) -> Callable[[str, str], str | None]
 
 which sees the words of both sides of every pair and returns what tells of one pair why it is left out, or None. A builder with
-`TABLES` makes a table of each kind of rows it names; a Pair's meta says under "table" which one it goes into.
+`TABLES` makes a table of each kind of rows it names; a Pair's meta says under "table" which one it goes into. `FOLDERS` names
+the options that are paths of files which the pairs depend on, such as a tokenizer's.
 
 Whatever is random in a stage comes from the generator it is given, which depends on (seed, stage, record id) and nothing
 else: neither order nor batches nor workers change a pair.
@@ -90,6 +91,13 @@ class Stage:
             raise ValueError(f"batch: expected at least 1 record, found {self.batch}")
 
 
+def at_least(**given: tuple[float, float]) -> None:
+    """Raises ValueError for an option, (value, least), that is below its least."""
+    for name, (value, least) in given.items():
+        if not value >= least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+
+
 def each(name: str, function: Callable[[Record, np.random.Generator], Record | Sequence[Record]]) -> Stage:
     """A stage of one record at a time; `function` raises Dropped. Media that do not open drop their record."""
 
@@ -140,13 +148,20 @@ def _through(stage: Stage, records: Iterator[Record], seed: int, ledger: Ledger)
 
 
 def _results(stage: Stage, batch: Sequence[Record], seed: int) -> Sequence[Result]:
-    """What a stage makes of a batch; where a tool cannot take one of its records, of each alone, and that one is dropped."""
+    """What a stage makes of a batch; where a tool cannot take one of its records, of each alone, and that one is dropped.
+
+    Raises the ValueError of a tool or builder with the stage and its records.
+    """
     try:
         return stage.run(batch, [random_of(seed, stage.name, record.id) for record in batch])
     except Unanswerable as problem:
         if len(batch) == 1:
             return [Dropped(problem.reason)]
         return [result for record in batch for result in _results(stage, [record], seed)]
+    except ValueError as problem:
+        ids = f"record {batch[0].id}" if len(batch) == 1 else f"one of {len(batch)} records, {batch[0].id} to {batch[-1].id}"
+        kind = DataError if isinstance(problem, DataError) else ValueError
+        raise kind(f"stage {stage.name}, {ids}: {problem}") from problem
 
 
 def _told(stage: Stage, before: Record, result: Record | Sequence[Record]) -> Iterator[Record]:

@@ -25,7 +25,7 @@ class Answer:
     perplexity: exp(-mean over its tokens of log max p), from the raw logits at temperature 1; 1 for a model that was certain.
     image_mass: mean attention mass on each image of the prompt, in their order; only where attention was asked for.
     region_mass: (h, w) attention map of the prompt's single image, laid over the whole picture; only where asked for, and where
-    its tokens form a grid.
+    its tokens form a grid; 0 where the model did not see it.
     image_tokens: how many tokens each of these images has; where image_mass is.
     """
 

@@ -141,9 +141,12 @@ def pairs(
     root: Root = None,
     generator: Annotated[str | None, typer.Option(help="directory of the model that answers")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of the generator, e.g. dtype=bfloat16")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="of the generator, e.g. dtype=bf16")
     ] = None,
     judge: Annotated[str | None, typer.Option(help="directory of a model, a judge's name, or generator")] = None,
+    judge_settings: Annotated[
+        list[str] | None, typer.Option("--judge-set", metavar="KEY=VALUE", help="of a judge's directory, as --set")
+    ] = None,
     image_embedder: Annotated[str | None, typer.Option(metavar="NAME[=PATH]", help="of mmpo list datasets.embedders")] = None,
     text_embedder: Annotated[str | None, typer.Option(metavar="NAME[=PATH]", help="of mmpo list datasets.embedders")] = None,
     device: Annotated[str, typer.Option(help="where models run")] = "cpu",
@@ -160,12 +163,14 @@ def pairs(
     from mmpo.datasets.builder_options import ToolChoice
 
     find.PLUGINS.update(plugins or ())
-    tools = ToolChoice(
-        generator, judge, image_embedder, text_embedder, device, plugins=tuple(plugins or ()), settings=tuple(settings or ())
-    )
+    words = {"plugins": plugins, "settings": settings, "judge_settings": judge_settings}
+    said = {name: tuple(given or ()) for name, given in words.items()}
+    tools = ToolChoice(generator, judge, image_embedder, text_embedder, device, **said)
     given: dict[str, Any] = {"format": format, "root": root, "on_bad": on_bad, "limit": limit, "executor": executor}
     story = build(Order(builder, data, out, tuple(options or ()), tools=tools, seed=seed, workers=workers, **given))
     print("\n".join([*lines(story), f"{out}: {story['pairs']} pairs of format mmpo"]))
+    if not story["pairs"]:
+        raise DataError(f"{out}: no pair was made of {data}; the counts above say what became of its rows and records")
     if preview is not None:
         from mmpo.datasets.preview import write_preview
 

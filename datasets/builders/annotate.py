@@ -89,7 +89,7 @@ def _placed(pair: Pair, kind: str, rows: str) -> Pair:
 
 def whole(value: Any) -> int | None:
     """A grade: a whole number from 0 to 4, or None. Raises ValueError for text."""
-    found = number(value, "grades")
+    found = number(value)
     return int(found) if found is not None and found in range(HIGHEST + 1) else None
 
 
@@ -120,12 +120,12 @@ def preferred(record: Record, table: Sequence[Row], random: np.random.Generator,
 def best(record: Record, table: Sequence[Row], least: int) -> list[Pair]:
     """The best answer alone, if it scores at least that much."""
     row = max(table, key=score)
-    return [_alone(record.prompt, row)] if score(row) >= least else []
+    return [_alone(record, record.prompt, row)] if score(row) >= least else []
 
 
 def steered(record: Record, row: Row) -> Pair:
     """An answer to the prompt that asks for its grades."""
-    return _alone(with_grades(record.prompt, row), row)
+    return _alone(record, with_grades(record.prompt, row), row)
 
 
 def with_grades(prompt: Sequence[Block], grades: Mapping[str, int]) -> tuple[Block, ...]:
@@ -142,7 +142,9 @@ def with_grades(prompt: Sequence[Block], grades: Mapping[str, int]) -> tuple[Blo
     return (*prompt[: places[-1]], asked, *prompt[places[-1] + 1 :])
 
 
-def _alone(prompt: tuple[Block, ...], row: Row) -> Pair:
+def _alone(record: Record, prompt: tuple[Block, ...], row: Row) -> Pair:
+    """An answer without another side; its group is the record's question, whatever the prompt adds: no split divides them."""
     side = answer_of(prompt, row["answer"])
     meta = {"answers": {"chosen": {m: row[m] for m in METRICS}}}
-    return Pair(pair_id(prompt, side, ()), prompt, side, scores={"chosen": float(score(row))}, group=digest(*prompt), meta=meta)
+    scores, group = {"chosen": float(score(row))}, digest(*record.prompt)
+    return Pair(pair_id(prompt, side, ()), prompt, side, scores=scores, group=group, meta=meta)

@@ -4,8 +4,13 @@ All but about one in a hundred of the image's tokens are hidden from the answer.
 ends each of its sentences, from a point drawn at random on; what it makes up is what it expects without looking. An answer
 that begins with yes or no has that word flipped half of the time.
 
-The paper's Online-BDHS is this builder run by every round with the policy of that round as its generator; its Mixed-DPO is
-`on_policy=0.5`. There is no public code. The temperature is not stated; sampling here is from the unchanged distribution.
+The paper's Online-BDHS answers anew with the policy of each step. Nothing here does so: a build has one generator, and the
+rounds of `mmpo train` run no builder. By hand it is a build with the export of a run as its generator, then a run on its pairs;
+docs/pairs.md has the commands. Its Mixed-DPO draws one of two sorts of pairs at each step; `on_policy=0.5` draws once a record.
+
+There is no public code. Of three things the paper's text, as far as we know it, leaves open how they are: the temperature
+(sampling here is from the unchanged distribution); whether a flip is drawn once a record (as here, see `_Sampler.sampled`) or
+anew for each try; and what becomes of a tail that is no sentence after `tail_tokens` (here it spends a try).
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import numpy as np
 from mmpo.datasets.builders.rank_and_sift import decided
 from mmpo.datasets.sampling import answer_of
 from mmpo.datasets.sentences import first_sentence, is_ended, sentences, word_starts
-from mmpo.datasets.stages import Dropped, Record, Result, Stage, each
+from mmpo.datasets.stages import Dropped, Record, Result, Stage, at_least, each
 from mmpo.datasets.tools import Embedder, Generator, PairJudge, Prompt, Tools
 from mmpo.datasets.vectors import cosines
 from mmpo.media import open_image
@@ -60,6 +65,7 @@ def bias_sampling(
         raise ValueError(f"bias_sampling.{wrong[0]}: expected a share in [0, 1], got {shares[wrong[0]]}")
     if tries < 1:
         raise ValueError(f"bias_sampling.tries: expected at least 1, got {tries}")
+    at_least(max_new_tokens=(max_new_tokens, 1), tail_tokens=(tail_tokens, 1), temperature=(temperature, 0))
     if tools.generator is None or tools.text_embedder is None:
         raise ValueError("bias_sampling: expected a generator and a text_embedder")
     if on_policy and (tools.pair_judge is None or not temperature):

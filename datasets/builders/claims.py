@@ -66,7 +66,7 @@ def claims(
     def conquer(records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Result]:
         asked = [(r.prompt, claim) for r in records for claims in r.fields["statements"] for claim in claims]
         said = judge([prompt for prompt, _ in asked], [claim for _, claim in asked], HOLDS)
-        verdicts = regrouped([number(v, "checks") for v in said], [sum(map(len, r.fields["statements"])) for r in records])
+        verdicts = regrouped([verdict(v) for v in said], [sum(map(len, r.fields["statements"])) for r in records])
         return [_checked(record, found) for record, found in zip(records, verdicts, strict=True)]
 
     def pair(record: Record, random: np.random.Generator) -> list[Record]:
@@ -114,6 +114,14 @@ def _divided(record: Record, statements: Sequence[list[str] | None]) -> Result:
     if len(kept) < 2:
         return Dropped("fewer than two answers with statements")
     return record.having(told, candidates=[a for a, _ in kept], statements=[s for _, s in kept])
+
+
+def verdict(value: Any) -> float | None:
+    """Whether a statement holds, 1 or 0, or None for no vote. Raises ValueError for a score: how high would be true?"""
+    found = number(value)
+    if found not in (None, 0, 1):
+        raise ValueError(f"expected 1 (the statement holds), 0 or None from the judge, found {value!r}")
+    return found
 
 
 def _checked(record: Record, verdicts: Sequence[float | None]) -> Result:

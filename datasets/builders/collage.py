@@ -20,12 +20,12 @@ import numpy as np
 
 from mmpo import media
 from mmpo.datasets.answer_filters import edit_distance, holds_box, length_ratio
-from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio
+from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio, unseen
 from mmpo.datasets.collage_images import GRIDS, Composite, grid, inset, noisy
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.pairing import pair_id
 from mmpo.datasets.sources import Question, about_one_image
-from mmpo.datasets.stages import Dropped, Record, Result, Stage, each
+from mmpo.datasets.stages import Dropped, Record, Result, Stage, at_least, each
 from mmpo.datasets.tools import Answer, Tools
 from mmpo.pair import Block, Pair, Role, text
 
@@ -121,15 +121,15 @@ def collage(
     asked cell, or all of an inset, in the picture that the model answers; the pair has the clean one.
     max_answer: records with an answer of so many characters or more are dropped. select: keep what the model was not looking
     at, or everything. sequence_ratios: greatest share of attention by number of images; grid_ratios and inset_ratio_below:
-    shares that have to be undercut. regions: whether attention on a grid counts where an image was pasted, or by even cells, as
-    in the paper's code. min_perplexity: answers more certain than that are dropped. max_length_ratio, min_edit_distance: of
-    the two answers, see mmpo.datasets.answer_filters; off by default, the paper gives no numbers.
+    shares that have to be undercut. regions: whether attention on a grid counts where an image was pasted, or by even cells of
+    the canvas; the paper's code cuts all that the model sees evenly, the tokens of its padding included. min_perplexity:
+    answers more certain than that are dropped. max_length_ratio, min_edit_distance: of the two answers, see
+    mmpo.datasets.answer_filters; off by default, the paper gives no numbers.
     """
     _checked(kinds, sequence_counts, grid_counts, sequence_ratios, grid_ratios, select)
     _checked_words(reference=(reference,), later=(later,), openings=openings)
-    _checked_numbers(
-        tile=(tile, 1), margin=(margin, 0), label=(label, 0), grid_noise=(grid_noise, 0), inset_noise=(inset_noise, 0)
-    )
+    at_least(tile=(tile, 1), margin=(margin, 0), label=(label, 0), max_new_tokens=(max_new_tokens, 1))
+    at_least(grid_noise=(grid_noise, 0), inset_noise=(inset_noise, 0))
     if not 0 < share < 1:
         raise ValueError(f"share: expected a share of the outer picture between 0 and 1, found {share}")
     if pool is None:
@@ -175,13 +175,6 @@ def _checked_words(**given: Sequence[str]) -> None:
                 opening.format(k=1)
             except (KeyError, IndexError, ValueError) as error:
                 raise ValueError(f"{name}: expected text in which {{k}} is the image's number, found {opening!r}") from error
-
-
-def _checked_numbers(**given: tuple[float, float]) -> None:
-    """Raises ValueError for a number below its least."""
-    for name, (value, least) in given.items():
-        if not value >= least:
-            raise ValueError(f"{name}: expected at least {least}, found {value}")
 
 
 def _plan(
@@ -308,7 +301,10 @@ def _answered(record: Record, answer: Answer, attention: bool, regions: str) -> 
 
 
 def _ratio(made: Mapping[str, Any], answer: Answer, regions: str) -> float:
-    """Attention on the asked image over that on all. Raises LookupError where the generator gave none that says so."""
+    """Attention on the asked image over that on all. Raises LookupError where the generator gave none that says so.
+
+    So it does for a grid of which a processor cut a whole panel off, as that of LLaVA-1.5 does without `pad_to_square`.
+    """
     if made["kind"] == "sequence":
         if answer.image_mass is None:
             raise LookupError("no attention: answer of one token")
@@ -318,6 +314,8 @@ def _ratio(made: Mapping[str, Any], answer: Answer, regions: str) -> float:
     if made["kind"] == "inset":
         return inset_ratio(answer.region_mass)
     boxes = [region["box"] for region in made["regions"]] if regions == "boxes" else made["cells"]
+    if unseen(answer.region_mass, boxes, made["size"]):  # it could be chosen or left out by nothing but its place
+        raise LookupError("a panel that the model does not see")
     return grid_ratio(answer.region_mass, boxes, made["size"], made["target"] - 1)
 
 

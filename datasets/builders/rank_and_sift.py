@@ -52,7 +52,7 @@ def rank_and_sift(
     def point(records: Sequence[Record], randoms: Sequence[np.random.Generator]) -> list[Result]:
         asked = [(r.prompt, answer) for r in records for answer in (*r.fields["winners"], *r.fields["losers"])]
         found = point_judge([p for p, _ in asked], [a for _, a in asked], aspect)
-        points = regrouped([number(v, "points") for v in found], [2 * len(r.fields["winners"]) for r in records])
+        points = regrouped([number(v) for v in found], [2 * len(r.fields["winners"]) for r in records])
         return [r.having({"points": p}, points=p) for r, p in zip(records, points, strict=True)]
 
     sampling = sampled(tools.generator, answers, temperature=temperature, max_new_tokens=max_new_tokens, batch=batch)

@@ -21,7 +21,7 @@ from mmpo.datasets.masks import MASK, content_segments, fill, masked, segments_o
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.sampling import answer_of
 from mmpo.datasets.sources import about_one_image
-from mmpo.datasets.stages import Dropped, Record, Result, Stage, each
+from mmpo.datasets.stages import Dropped, Record, Result, Stage, at_least, each
 from mmpo.datasets.tools import Embedder, Generator, Prompt, Tools
 from mmpo.datasets.vectors import Index, cosines
 from mmpo.errors import DataError
@@ -63,8 +63,6 @@ def prepare(
     embedder = tools.image_embedder
     if embedder is None:
         raise ValueError("retrieval: expected an image_embedder")
-    if neighbours < 1:
-        raise ValueError(f"retrieval.neighbours: expected at least 1, got {neighbours}")
     keys: list[str] = []
     vectors: list[np.ndarray] = []
     for blocks in _batched(_distinct_images(records), batch):
@@ -139,6 +137,7 @@ def retrieval(
     that follow no instructions can do as well. similarity: a candidate with a text cosine at or above is too alike.
     temperature, max_new_tokens: of every generation.
     """
+    at_least(neighbours=(neighbours, 1), max_new_tokens=(max_new_tokens, 1), temperature=(temperature, 0))
     if not 0 < share <= 1:
         raise ValueError(f"retrieval.share: expected a share in (0, 1], got {share}")
     if share < 1 and masking == "model":

@@ -8,8 +8,10 @@ objective's slot `weights: spans` does the rest. The paper's likelihood, divided
 
 and that of its code, which does not divide, `[{loss: dpo, beta: 0.1, weights: spans}]` (preset code, gamma 1.1).
 
-Behaviour checked against thunlp/Muffin@77abdf5 utils/diff_lib.py. One thing is not as there: difflib's heuristic for long
-sequences, by which every unit that makes up more than 1 % of 200 or more (articles, full stops) is taken for junk, is off.
+Behaviour checked against thunlp/Muffin@77abdf5 utils/diff_lib.py, which aligns token ids; so does preset code. Preset paper
+aligns words unless it is given a tokenizer, so that pairs belong to no model. One thing is not as there: difflib's heuristic
+for long sequences, by which every unit that makes up more than 1 % of 200 or more (articles, full stops) is taken for junk, is
+off.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +30,7 @@ from mmpo.datasets.tools import Tools
 from mmpo.pair import Pair, Span
 
 NEEDS: frozenset[str] = frozenset()
+FOLDERS = ("tokenizer",)
 GAMMA = {"paper": 5.0, "code": 1.1}
 WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -39,7 +43,7 @@ def segments(
     *,
     preset: Literal["paper", "code"] = "paper",
     segment_weight: float | None = None,
-    units: Literal["words", "characters", "tokens"] = "words",
+    units: Literal["words", "characters", "tokens"] | None = None,
     tokenizer: str | None = None,
     min_block: int = 3,
     count_insert_delete: bool = False,
@@ -47,15 +51,19 @@ def segments(
     """Pairs with spans of what differs, from rows that have two sides.
 
     preset: whose gamma; segment_weight: another one. units: what is aligned: words and signs, characters (for writing without
-    blanks), or the tokens of the `tokenizer` in a local folder, as in the code. min_block: runs of equal units shorter than
-    this are taken for a part of the change around them. count_insert_delete: what was only inserted or deleted weighs gamma
-    too, which the code does not do. Raises ValueError for a weight that is no finite number >= 0, for min_block < 1, and for
-    a tokenizer without `units: tokens`, or the reverse.
+    blanks), or the tokens of the `tokenizer` in a local folder; None: tokens where there is a tokenizer, words otherwise.
+    Preset code needs one of the two said, as the code aligns token ids. min_block: runs of equal units shorter than this are
+    taken for a part of the change around them. count_insert_delete: what was only inserted or deleted weighs gamma too, which the code does not do.
+    Raises ValueError for a weight that is no finite number >= 0, for min_block < 1, for tokens without a tokenizer, or the
+    reverse, and for a folder that holds none.
     """
     weight = GAMMA[preset] if segment_weight is None else segment_weight
     Span(0, 1, weight)  # refuses what no span can weigh
     if min_block < 1:
         raise ValueError(f"min_block: expected at least 1, found {min_block}")
+    if preset == "code" and units is None and tokenizer is None:
+        raise ValueError("preset code: aligns token ids: give tokenizer=DIR, the model's folder, or units=words to align words")
+    units = units or ("tokens" if tokenizer else "words")
     if (units == "tokens") != (tokenizer is not None):
         raise ValueError(f"units: {units!r} with tokenizer {tokenizer!r}: tokens need a tokenizer, and nothing else does")
     split = _tokens(tokenizer) if tokenizer else _characters if units == "characters" else _words
@@ -124,7 +132,11 @@ def _tokens(folder: str) -> Units:
     """The token ids of a fast tokenizer and what they spell. Raises ValueError for a slow one, which does not tell."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        found = "what is there is none" if Path(folder).is_dir() else "there is no such folder"
+        raise ValueError(f"tokenizer: expected a local folder with a fast tokenizer, found {folder}: {found}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {folder} has no fast tokenizer, which tells what each token spells; use units: words")
 

@@ -82,3 +82,8 @@ def outdated(path: Path | None = None, device: str = "cpu") -> Any:
         raise AssertionError("called in spite of it")
 
     return answer
+
+
+def curious(tools: Any, *, pool: Any = None) -> list[Any]:
+    """A builder that looks at its tools before the first record."""
+    return [tools.generator.side, *pool]

@@ -88,6 +88,8 @@ def test_steered_rows_tell_the_grades_in_the_prompt() -> None:
         "What is there?\nHelpfulness:1,Correctness:0,Coherence:2,Complexity:4,Verbosity:3",
     ]
     assert len({r.fields["pair"].id for r in found}) == 2
+    groups = {r.fields["pair"].group for kind in ("pairs", "best", "steer") for r in rows(kind, "best", "poor")[0]}
+    assert len(groups) == 1, "no split divides the rows of one question"
     photo, best = image(np.zeros((1, 1, 3), np.uint8)), dict(zip(METRICS, (4, 4, 4, 2, 1), strict=True))
     asked = with_grades((text("Be kind.", "system"), text("Look:", "user"), photo), best)
     assert [b.kind for b in asked] == ["text", "text", "image"] and asked[0].data == "Be kind." and asked[1].role == "user"

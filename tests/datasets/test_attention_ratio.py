@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio
+from mmpo.datasets.attention_ratio import grid_ratio, inset_ratio, sequence_ratio, unseen
 from mmpo.datasets.builders import collage
 from mmpo.datasets.collage_images import cells
 from mmpo.datasets.tools import Answer
+from mmpo.modalities.vlm_regions import over_picture
 
 CANVAS = {  # of tiles of 448 with margins of 40: rows, columns, width, height
     2: (1, 2, 936, 488), 3: (1, 3, 1424, 488), 4: (2, 2, 936, 976), 6: (2, 3, 1424, 976), 9: (3, 3, 1424, 1464),
@@ -42,6 +45,45 @@ def test_grid_ratio_divides_a_token_by_area() -> None:
     mass = np.array([[1.0, 2.0, 4.0]])  # three tokens over 30 pixels
     assert grid_ratio(mass, [(0, 0, 15, 10), (15, 0, 30, 10)], (30, 10), 0) == pytest.approx(2 / 7)
     assert grid_ratio(mass, [(0, 0, 15, 10), (15, 0, 30, 5)], (30, 10), 0) == pytest.approx(2 / 4.5)
+
+
+@pytest.mark.parametrize("count", sorted(CANVAS))
+def test_panels_that_a_processor_cuts_off_are_no_evidence(count: int) -> None:
+    """CLIP's crop at 336 pixels of a grid: of three in a row it sees the middle one alone, which would always be looked at."""
+    rows, columns, width, height = CANVAS[count]
+    regions = [{"box": [x * 488, y * 488 + 40, x * 488 + 448, y * 488 + 488]} for y in range(rows) for x in range(columns)]
+    made = {"kind": "grid", "regions": regions, "cells": cells((width, height), rows, columns), "size": [width, height]}
+    for padded in (False, True):
+        images = SimpleNamespace(
+            do_resize=True, do_center_crop=True, do_pad=padded, size={"shortest_edge": 336},
+            crop_size={"height": 336, "width": 336},
+        )  # fmt: skip
+        mass = over_picture(np.full(576, 1 / 576), SimpleNamespace(image_processor=images), "llava", (width, height))
+        hidden = [0, 2] if count == 3 and not padded else []
+        assert mass is not None and unseen(mass, [r["box"] for r in regions], (width, height)) == hidden
+        for target in range(1, count + 1):
+            answer = Answer("a b", 2.0, (1.0,), mass, (576,))
+            for how in ("boxes", "cells"):
+                if hidden:
+                    with pytest.raises(LookupError, match="a panel that the model does not see"):
+                        collage._ratio({**made, "target": target}, answer, how)
+                else:
+                    assert 0.7 / count < collage._ratio({**made, "target": target}, answer, how) < 1
+
+
+def test_no_attention_has_no_share() -> None:
+    empty = np.zeros((4, 4))
+    for ratio in (
+        lambda: sequence_ratio([0.0, 0.0], 1),
+        lambda: sequence_ratio([float("nan"), 0.1], 1),
+        lambda: grid_ratio(empty, [(0, 0, 5, 10), (5, 0, 10, 10)], (10, 10), 0),
+        lambda: inset_ratio(empty),
+    ):
+        with pytest.raises(LookupError, match="no attention on any image"):
+            ratio()
+    record = collage.Record("r", (), "x", {"made": {"kind": "inset"}})
+    found = collage._answered(record, Answer("a b", 2.0, (0.0,), empty), True, "boxes")
+    assert isinstance(found, collage.Dropped) and str(found) == "no attention on any image"
 
 
 def test_inset_ratio() -> None:

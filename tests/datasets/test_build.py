@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mmpo import cli, find, media
 from mmpo.datasets import build as building
@@ -183,6 +184,43 @@ def test_a_plugins_generator_that_lacks_a_keyword_is_refused_before_any_record()
         ToolChoice(generator=spec).make()
 
 
+@pytest.mark.parametrize(
+    ("choice", "problems"),
+    [
+        (
+            ToolChoice("DIR", settings=("dtype=bfloat16", "batch_sise=2")),
+            ["--set dtype: wrong value (got bfloat16, expected 'fp32', 'bf16' or", "--set batch_sise: unknown key"],
+        ),
+        (ToolChoice("DIR", settings=("batch_size=0",)), ["--set batch_size: wrong value (got 0, expected greater than 0)"]),
+        (ToolChoice("DIR", settings=("images={pad: true}",)), ["--set images.pad: unknown key"]),
+        (ToolChoice("DIR", settings=("path=other",)), ["--set path: is what --generator says"]),
+        (ToolChoice("DIR", settings=("dtype",)), ["--set: not an option (got 'dtype', expected key=value)"]),
+        (ToolChoice(GENERATOR, settings=("dtype=bf16",)), ["--set dtype: is for --generator DIR, a model's directory"]),
+        (ToolChoice(judge="DIR", judge_settings=("dtype=half",)), ["--judge-set dtype: wrong value"]),
+        (ToolChoice("DIR", "generator", judge_settings=("dtype=bf16",)), ["--judge-set dtype: is for --judge DIR"]),
+        (ToolChoice("DIR", "sentiment=X", judge_settings=("dtype=bf16",)), ["--judge-set dtype: is for --judge DIR"]),
+    ],
+)  # fmt: skip
+def test_settings_that_a_model_does_not_have_are_named(choice: ToolChoice, problems: list[str]) -> None:
+    with pytest.raises(RecipeError) as error:
+        choice.check("x", set())
+    assert all(problem in str(error.value) for problem in problems) and "pydantic" not in str(error.value), error.value
+
+
+def test_a_judges_directory_is_loaded_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: dict[str, Any] = {}
+    made = types.SimpleNamespace(generator=lambda path, device, **settings: loaded.update({path: settings}))
+    monkeypatch.setitem(sys.modules, "mmpo.modalities.vlm_generate", made)
+    ToolChoice("G", "J", settings=("dtype=bf16",), judge_settings=("quantize=4bit", "batch_size=2")).make()
+    assert loaded == {"G": {"dtype": "bf16"}, "J": {"quantize": "4bit", "batch_size": 2}}
+
+
+@pytest.mark.parametrize("word", ["dtype=bf16", "batch_size=16"])
+def test_settings_in_the_guide_and_the_help_are_taken(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ToolChoice("DIR", settings=(word,)).check("x", set())
+    assert f"`{word}`" in (ROOT / "docs" / "pairs.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("home", ["benchmarks.photo_pairs:Looking", "mmpo.modalities.vlm_generate:Answers"])
 def test_generators_of_ours_take_what_builders_say(home: str) -> None:
     module, _, name = home.partition(":")
@@ -213,6 +251,35 @@ def test_the_how_to_of_a_new_builder_works(tmp_path: Path) -> None:
     made = list(execute(records, stages, seed=0, ledger=ledger))
     assert len(made) == 2 and ledger.skipped == {"pair: right without seeing": 1}
     assert all(isinstance(record.fields["pair"], Pair) for record in made)
+
+
+@pytest.mark.parametrize(
+    ("builder", "choice"),
+    [("collage", ToolChoice("D")), ("bias_sampling", ToolChoice("D", text_embedder="letters")),
+     ("retrieval", ToolChoice("D", None, "pixels", "letters")), ("claims", ToolChoice("D", "generator")),
+     ("annotate", ToolChoice("D", "generator")), ("rank_and_sift", ToolChoice("D", "generator"))],
+)  # fmt: skip
+def test_answers_without_tokens_are_refused_by_name(builder: str, choice: ToolChoice) -> None:
+    options = builder_options.options_of(builder, ["max_new_tokens=0"])
+    with pytest.raises(ValueError, match="^max_new_tokens: expected at least 1, found 0$"):
+        builder_options.check_options(builder, options, choice)
+
+
+def test_a_build_without_a_pair_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_llava(tmp_path / "in", crops(3, 32))
+    words = ["pairs", "collage", *SMALL, "max_answer=1", "--data", str(data), "--out", str(tmp_path / "out"), "--generator"]
+    for _ in range(2):  # also where it was made before
+        assert cli.main([*words, GENERATOR, "--plugin", "tests.datasets.photos"]) == cli.DATA
+        said = capsys.readouterr()
+        assert "skipped 3: plan: answer too long" in said.out and "no pair was made of" in said.err
+
+
+def test_a_palette_with_transparency_is_no_news(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    data = write_llava(tmp_path / "in", crops(3, 32))
+    picture = Image.fromarray(crops(1, 32)[0]).quantize(8)
+    picture.save(data.parent / "photos" / "00001.png", transparency=bytes(range(8)))
+    build(order(data, tmp_path / "out"))
+    assert not [w for w in recwarn if "Palette" in str(w.message)]
 
 
 def test_options_are_read_as_yaml() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from functools import partial
 from pathlib import Path
@@ -151,3 +152,14 @@ def test_the_ratio_is_the_best_of_the_grid(lengths: list[tuple[int, int]]) -> No
             if best is None or off < best[0] - 1e-12:
                 best = (off, i / 50)
     assert best_ratio(lengths) == (None if best is None else pytest.approx(best[1]))
+
+
+@pytest.mark.parametrize("value", [0.3, 2, -1])
+def test_a_statement_holds_or_does_not(value: float) -> None:
+    unsure, _, _ = tools("The sky is red. It is night.", "The sky is red.")
+    judged = dataclasses.replace(unsure, point_judge=Grades(lambda statement, aspect: value))
+    with pytest.raises(ValueError, match=rf"stage checks, record a: expected 1 .* 0 or None from the judge, found {value}"):
+        built(claims(judged, answers=2, split="sentences"), record())
+    nothing = dataclasses.replace(unsure, point_judge=Grades(lambda statement, aspect: float("nan")))
+    _, why = built(claims(nothing, answers=2, split="sentences"), record())
+    assert why == {"checks: fewer than two answers with every statement judged": 1}

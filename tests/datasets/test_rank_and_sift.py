@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmpo.datasets.builders.rank_and_sift import decided, rank_and_sift
@@ -77,7 +78,7 @@ def test_scores_compare_as_numbers() -> None:
     """Ten is more than nine; in the published scripts for video and images "10" < "9"."""
     points = {"a 2": 10.0, "b 1": 9.0}
     assert [words(r) for r in built(rank_and_sift(tools(points)[0]), record("r", "a 2", "b 1"))[0]] == [("a 2", "b 1")]
-    with pytest.raises(ValueError, match="stage points: expected a number or None from the judge, found str '10'"):
+    with pytest.raises(ValueError, match="stage points, record r: expected a number or None from the judge, found str '10'"):
         built(rank_and_sift(tools({"a 2": "10", "b 1": "9"})[0]), record("r", "a 2", "b 1"))
 
 
@@ -95,3 +96,13 @@ def test_ten_answers_are_sampled() -> None:
     assert model.asked[0][2] == {"max_new_tokens": 4096, "temperature": 0.7}
     with pytest.raises(ValueError, match="a pair_judge and a point_judge"):
         rank_and_sift(Tools())
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
+def test_a_score_that_is_not_finite_is_no_vote(broken: float) -> None:
+    tried, _, _ = tools(points=dict.fromkeys(("w 3", "w 1"), broken))
+    found, why = built(rank_and_sift(tried), record("a", "w 3", "w 1"))
+    assert not found and why == {"sift: no score of a winner or of a loser": 1}
+    scored, _, _ = tools(points={"w 9": broken, "w 1": 1.0, "w 5": 5.0, "w 2": 2.0})
+    found, _ = built(rank_and_sift(scored), record("a", "w 9", "w 1", "w 5", "w 2"))
+    assert words(found[0]) == ("w 5", "w 1"), "of the answers that have one"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmpo import cli
 from mmpo.datasets.builders.segments import GAMMA, gaps, segments
 from mmpo.datasets.stages import Record
 from mmpo.datasets.tools import Tools
@@ -90,7 +91,32 @@ def test_weights_are_gamma_of_the_preset_or_a_given_one() -> None:
         return {s.weight for spans in record.fields["pair"].spans.values() for s in spans}
 
     assert GAMMA == {"paper": 5.0, "code": 1.1}
-    assert weight() == {5.0} and weight(preset="code") == {1.1} and weight(preset="code", segment_weight=2.0) == {2.0}
+    code = {"preset": "code", "units": "words"}
+    assert weight() == {5.0} and weight(**code) == {1.1} and weight(**code, segment_weight=2.0) == {2.0}
+
+
+def test_preset_code_aligns_tokens_as_the_code_does(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    wrong, right = "the capital of 12 dog is it", "the capital of 123 dog is it"
+    assert marked(wrong, right, preset="code", tokenizer=str(tmp_path), min_block=1) == ([], []), "a token was inserted"
+    assert marked(wrong, right, preset="code", units="words", min_block=1) == (["12"], ["123"])
+    with pytest.raises(ValueError, match="preset code: aligns token ids: give tokenizer=DIR, .* or units=words"):
+        segments(Tools(), preset="code")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, why in ((tmp_path / "none", "there is no such folder"), (tmp_path, "what is there is none")):
+        words = [
+            "pairs",
+            "segments",
+            f"tokenizer={folder}",
+            "--data",
+            str(tmp_path / "x.jsonl"),
+            "--out",
+            str(tmp_path / "out"),
+        ]
+        assert cli.main(words) == cli.USAGE
+        assert f"tokenizer: expected a local folder with a fast tokenizer, found {folder}: {why}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_dropped_or_refused() -> None:
@@ -106,7 +132,7 @@ def test_what_cannot_be_compared_is_dropped_or_refused() -> None:
         segments(Tools(), segment_weight=-1.0)
     with pytest.raises(ValueError, match="min_block"):
         segments(Tools(), min_block=0)
-    for wrong in ({"units": "tokens"}, {"tokenizer": "x"}):
+    for wrong in ({"units": "tokens"}, {"units": "words", "tokenizer": "x"}):
         with pytest.raises(ValueError, match="tokens need a tokenizer"):
             segments(Tools(), **wrong)  # type: ignore[arg-type]
 
@@ -166,7 +192,7 @@ def test_from_corrections_to_the_loss_by_plain_transformers(tmp_path: Path, pres
 
     folder = make(tmp_path / "model")
     wrong, right = "the dog jumps over 12 of the lazy foxes", "the dog jumps over 345 of the lazy foxes"
-    pair = built(segments(Tools(), preset=preset), source(wrong, right))[0][0].fields["pair"]  # type: ignore[arg-type]
+    pair = built(segments(Tools(), preset=preset, units="words"), source(wrong, right))[0][0].fields["pair"]  # type: ignore[arg-type]
     assert pair.spans["chosen"] == (Span(19, 22, GAMMA[preset]),)
     ours = adapter(folder)
     scores = ours.score(ours.model, drawn(ours, [pair]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,13 @@ def test_what_a_tool_cannot_take_costs_its_own_record_alone() -> None:
     assert ledger.skipped == {"ask: prompt too long for the model": 1} and ledger.used == 5
     whole = execute([r for r in records(6) if r.id != "r2"], [Stage("ask", 4, run)], seed=0, ledger=Ledger())
     assert [(r.id, r.fields["drawn"]) for r in found] == [(r.id, r.fields["drawn"]) for r in whole]
+
+
+@pytest.mark.parametrize(("kind", "batch", "who"), [(ValueError, 2, "one of 2 records, a to b"), (DataError, 1, "record a")])
+def test_what_a_tool_refuses_is_told_with_stage_and_records(kind: type[ValueError], batch: int, who: str) -> None:
+    def refuse(records: Any, randoms: Any) -> Any:
+        raise kind("expected a collage")
+
+    records = [Record("a", ()), Record("b", ())]
+    with pytest.raises(kind, match=f"^stage judge, {who}: expected a collage$"):
+        list(execute(records, [Stage("judge", batch, refuse)], seed=0, ledger=Ledger("skip")))
