@@ -17,7 +17,7 @@ SHOWN = 5  # names in a message
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-\d+")  # of `checkpoint.write_atomic` and its like; the digits are a process
 CHECKPOINT = re.compile(r"step-\d{6,}(\.[0-9a-f]{12})?|CURRENT")
 WRITTEN = {  # by place in the folder: what is written there, each under a temporary name first
-    "": re.compile(r"(recipe|inputs|ledger|data_manifest|summary)\.(yaml|json)|quarantine\.jsonl|export|merged"),
+    "": re.compile(r"(recipe|inputs|ledger|data_manifest|summary)\.(yaml|json)|quarantine\w*\.jsonl|export|merged"),
     "best": re.compile(r"policy\.safetensors"),
     "checkpoints": CHECKPOINT,
     **dict.fromkeys(("samples", "samples/base", "samples/aligned", "samples/pictures"), re.compile(r"[\w-]+\.\w+")),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmpo import checkpoint, evaluate, memory, sharding
+from mmpo import checkpoint, evaluate, memory, nonfinite, sharding
 from mmpo import reference as references
 from mmpo.diagnosis import diagnose
 from mmpo.errors import RunFailed
@@ -33,9 +33,6 @@ from mmpo.reference import Values, trainable, unwrap
 from mmpo.runlog import read
 from mmpo.saving import policy_tensors, save
 from mmpo.state import restore_rng, rng_state
-
-NAMED = 5  # pairs in a message
-BUDGET = 0.01  # of the steps that may be skipped, where the recipe does not say
 
 
 def order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -194,13 +191,13 @@ def optimize(run: Run) -> dict[str, float]:
     collected, pairs, broken = _gradients(run)
     if broken:
         run.objective.adopt(remembered)
-        return _refused(run, broken)
+        return nonfinite.refused(run, broken)
     norm = run.accelerator.clip_grad_norm_(trainable(unwrap(run.model)).values(), run.recipe.train.clip)
     norm = sharding.whole(norm)
     if not torch.isfinite(norm) and run.accelerator.scaler is None:  # with fp16 the scaler itself skips such a step
         run.objective.adopt(remembered)
         terms = ", ".join(term.name for term in run.objective.terms)
-        return _refused(run, f"the gradient of pairs {_named(pairs)} is not finite (of the terms {terms})")
+        return nonfinite.refused(run, f"the gradient of pairs {nonfinite.named(pairs)} is not finite (of the terms {terms})")
     run.optimizer.step()
     return _merge(run, collected) | {"grad_norm": float(norm)}
 
@@ -226,7 +223,7 @@ def _passes(run: Run) -> tuple[list[dict[str, Tensor]], list[Pair], str]:
         result, batch, pairs = forward(run, run.progress.step, micro)
         bad = ~result.loss.isfinite()
         if _any_process(run, int(bad.sum())):
-            return [], [], _broken(result, bad, pairs)
+            return [], [], nonfinite.broken(result, bad, pairs)
         run.objective.adopt(result.states)
         with _sync(run, last=micro == accumulate - 1):
             run.accelerator.backward(result.loss.mean() / accumulate)
@@ -251,40 +248,6 @@ def _halve(run: Run, said: str, error: BaseException) -> None:
         f"{lower}set model.gradient_checkpointing=true, train.precision=bf16, model.adapter=lora, or on several processes "
         "train.fsdp=true; train.on_oom=halve lowers the batch by itself, on one process. Nothing that was saved is lost"
     ) from error
-
-
-def _broken(result: Result, bad: Tensor, pairs: list[Pair]) -> str:
-    """Which pairs have a loss that is not finite, and the first term of the objective that has none for one of them."""
-    if not bad.any():
-        return "the loss of a pair of another process is not finite"
-    named = _named([p for p, broken in zip(pairs, bad.tolist(), strict=True) if broken])
-    first = next((name for name, own in result.terms.items() if not own[bad].isfinite().all()), None)
-    where = f"first in the term {first}" if first else "its scores or its weight are not"
-    return f"the loss of pair {named} is not finite ({where})"
-
-
-def _named(pairs: list[Pair]) -> str:
-    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
-    return ", ".join(p.id for p in pairs[:NAMED]) + more
-
-
-def _refused(run: Run, what: str) -> dict[str, float]:
-    """Stop, or skip the step as long as the recipe's budget lasts."""
-    spec, advice = run.recipe.train, "Try a smaller train.lr or beta, train.precision: bf16 or fp32, or "
-    if spec.on_nonfinite == "stop":
-        advice += "train.on_nonfinite: skip"
-        raise RunFailed(f"step {run.progress.step + 1}: {what}; the step was not applied. {advice}")
-    run.optimizer.zero_grad(set_to_none=True)
-    run.progress.skipped_steps += 1
-    whole = spec.steps * spec.rounds
-    allowed = max(1, int((BUDGET if spec.nonfinite_budget is None else spec.nonfinite_budget) * whole))
-    if run.progress.skipped_steps > allowed:
-        raise RunFailed(
-            f"step {run.progress.step + 1}: {what}; the step was not applied. {run.progress.skipped_steps} steps were not by "
-            f"now, train.nonfinite_budget allows {allowed} of {whole}. {advice}a larger train.nonfinite_budget"
-        )
-    say(run, f"step {run.progress.step + 1} skipped: {what}")
-    return {"skipped": 1.0}
 
 
 def _sync(run: Run, last: bool) -> contextlib.AbstractContextManager[Any]:

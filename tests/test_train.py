@@ -239,7 +239,7 @@ def test_skipping_ends_with_the_budget_of_the_recipe(tmp_path: Path, capsys: pyt
     for number, (budget, allowed) in enumerate(((None, 1), (0.5, 3), (0.0, 1))):
         pairs = line_pairs(8, weight=float("nan"))
         run = line_run(tmp_path / str(number), pairs, on_nonfinite="skip", nonfinite_budget=budget)
-        said = rf"step {allowed + 1}: .*{allowed + 1} steps were not by now, train.nonfinite_budget allows {allowed} of 6\."
+        said = rf"step {allowed + 1}: .*{allowed + 1} steps were refused so far, train.nonfinite_budget allows {allowed} of 6\."
         with pytest.raises(RunFailed, match=said):
             train(run, 6)
         assert run.progress.step == allowed
