@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,12 +52,13 @@ def test_the_other_world_is_found_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_of_the_default_measures_and_reports_everything(tmp_path: Path) -> None:
+def test_a_short_run_of_the_default_measures_and_reports_everything(tmp_path: Path, capsys: Any) -> None:
     words = ["train.steps=4", "train.batch_size=16", "eval.every=2", "eval.prompts=20", "eval.pairs=32", "eval.test_prompts=30"]
     words += ["data.limit=2000", "data.ches_keep=0.5", f"eval.shifted={tmp_path / 'x.jsonl'}", f"out={tmp_path / 'run'}"]
     rows = [{"prompt": f"1+{i}=", "chosen": str(1 + i), "rejected": str(2 + i)} for i in range(9)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["train", "--modality", "text", *words]) == 0
+    assert cli.main(["train", "--modality", "text", *words, "draw.t_max=0.5"]) == 0
+    assert "note: command line draw.t_max: not read; it goes with" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     start, evals = records[0], [r for r in records if r["event"] == "eval"]
     assert start["ches"] == start["ches"] and start["ln_ches"] == start["ln_ches"]
