@@ -41,6 +41,14 @@ class Skip(Exception):
         self.name = name
 
 
+class OverBudget(DataError):
+    """More bad rows than are allowed; `ledger` has their account."""
+
+    def __init__(self, message: str, ledger: Ledger) -> None:
+        super().__init__(message)
+        self.ledger = ledger
+
+
 @dataclass
 class Ledger:
     """Counts of rows and, by reason, where the first few are.
@@ -109,12 +117,13 @@ class Ledger:
             self.quarantined.append(json.dumps(entry | {"row": kept(problem.raw if row is None else row)}))
 
     def check_budget(self, share: float) -> None:
-        """Raises DataError when more than this share of the rows is bad."""
+        """Raises OverBudget when more than this share of the rows is bad."""
         bad = self.refused.total()
         if bad and bad / self.rows > share:
-            raise DataError(
+            raise OverBudget(
                 f"{bad} of {self.rows} rows are bad ({bad / self.rows:.3%}), data.bad_budget allows {share:.3%}; "
-                f"`{self.lister}` lists them\n{self}"
+                f"`{self.lister}` lists them\n{self}",
+                self,
             )
 
     def counts(self) -> dict[str, Any]:

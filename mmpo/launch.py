@@ -33,7 +33,7 @@ from mmpo.judging import Judge
 from mmpo.masking import masked
 from mmpo.objective import SLOTS, Objective, Result, make_term
 from mmpo.pair import Pair
-from mmpo.prepare import Prepared, keep_account, prepare
+from mmpo.prepare import Prepared, keep_account, prepare, refusal_accounted
 from mmpo.progress import Run, record, say
 from mmpo.recipe import Resolved
 from mmpo.reference import Cached, Values, trainable, unwrap
@@ -159,7 +159,8 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     modality = make_modality(recipe, folder, accelerator.device)
     modality.branches = branches_of(modality, objective)
     judge = make_judge(recipe, modality, accelerator.device)
-    data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
+    with refusal_accounted(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
     judge = able(judge, recipe, data)
     runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
     shards = accelerator.num_processes if recipe.train.fsdp else 1

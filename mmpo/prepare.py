@@ -7,17 +7,19 @@ a resumed run is held.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmpo import runfolder
 from mmpo.checkpoint import write_atomic
-from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.ledger import Ledger, OverBudget
 from mmpo.datasets.load import detect, holds_candidates, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, digest, pair_up
 from mmpo.datasets.tables import files_told
@@ -137,7 +139,7 @@ def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) 
 
     Raises DataError, naming the rows, when the run has begun with other pairs or media, unless `allow_drift` has "data".
     """
-    path, new, begun = folder / "data_manifest.json", manifest(data.pairs), (folder / "checkpoints").exists()
+    path, new, begun = folder / "data_manifest.json", manifest(data.pairs), runfolder.begun(folder)
     if data.shifted_ledger is not None:
         new["shifted"] = {k: v for k, v in manifest(data.shifted).items() if k != "drift"}
     if begun and not path.exists():
@@ -154,6 +156,21 @@ def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) 
     write_atomic(folder / "ledger.json", (json.dumps(counts, indent=1) + "\n").encode())
     rows = ",\n".join(json.dumps(row) for row in new.pop("rows"))
     write_atomic(path, f'{json.dumps(new)[:-1]}, "rows": [\n{rows}\n]}}\n'.encode())
+
+
+@contextlib.contextmanager
+def refusal_accounted(folder: Path) -> Iterator[None]:
+    """Keep the account and the bad rows of a dataset that is refused for too many of them, as of one that is not.
+
+    Not where the run has begun: its folder keeps the account of the data that it was trained on.
+    """
+    try:
+        yield
+    except OverBudget as error:
+        if not runfolder.begun(folder):
+            _keep_bad(folder / "quarantine.jsonl", error.ledger)
+            write_atomic(folder / "ledger.json", (json.dumps(error.ledger.counts(), indent=1) + "\n").encode())
+        raise
 
 
 def _settled(

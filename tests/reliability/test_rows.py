@@ -514,3 +514,19 @@ def _fresh_accelerate() -> None:
     """accelerate keeps the first run's settings for the whole process."""
     for shared in (AcceleratorState, PartialState, GradientState):
         shared._shared_state.clear()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(tmp_path: Path, begun: bool) -> None:
+    """In a run that has begun the account stays that of what it was trained on."""
+    path = write_rows(tmp_path)
+    folder = tmp_path / "run"
+    (folder / "checkpoints" if begun else folder).mkdir(parents=True)
+    with pytest.raises(DataError, match="data.bad_budget allows"), prepare.refusal_accounted(folder):
+        prepare.prepare(recipe(path, on_bad="quarantine", bad_budget=0.0), "", None)
+    if begun:
+        assert [p.name for p in folder.iterdir()] == ["checkpoints"]
+    else:
+        counts = json.loads((folder / "ledger.json").read_text())
+        assert counts["rows"] == counts["used"] + sum(counts["refused"].values())
+        assert len((folder / "quarantine.jsonl").read_text().splitlines()) == sum(counts["refused"].values()) > 0
