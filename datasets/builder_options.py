@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, PositiveInt, ValidationError, create_model
 
@@ -53,6 +54,26 @@ def options_of(builder: str, words: Iterable[str]) -> dict[str, Any]:
     if problems:
         raise RecipeError(problems)
     return {name: getattr(found, name) for name in schema.model_fields}
+
+
+def described(builder: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """A builder's own words, and name, kind and default of each of its options; "required" where one has none."""
+    function = find(ROOM, builder)
+    given = inspect.signature(function).parameters.values()
+    keywords = [p for p in given if p.kind is p.KEYWORD_ONLY and p.name != "pool"]
+    return inspect.getdoc(function) or "", [(p.name, str(p.annotation), _default(p.default)) for p in keywords]
+
+
+def _default(value: Any) -> str:
+    """A default as it is written on the command line; of a long list only how many it has."""
+    if value is inspect.Parameter.empty:
+        return "required"
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        return f"{len(value)} of them"
+    plain = _plain(value)
+    if isinstance(plain, dict):
+        return "{" + ", ".join(f"{key}: {_default(item)}" for key, item in plain.items()) + "}"
+    return str(plain) if isinstance(plain, str) else json.dumps(plain)
 
 
 def check_options(builder: str, options: Mapping[str, Any], choice: ToolChoice) -> None:
@@ -220,7 +241,7 @@ def _settings(
     try:
         schema.model_validate({**given, "path": spec})
     except ValidationError as error:
-        problems += _describe(error, schema, {(): Mark(option)})
+        problems += _describe(error, cast(type[Section], schema), {(): Mark(option)})
     return given, problems
 
 

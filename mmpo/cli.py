@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import typer.core
 
 from mmpo import cli_assets, cli_demo, find, masking, network
 from mmpo.errors import DataError, MissingExtra, RecipeError
@@ -131,7 +132,25 @@ def data_audit(
     print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if as_json else "\n".join(found.lines()))
 
 
-@app.command()
+class PairsCommand(typer.core.TyperCommand):
+    """`mmpo pairs NAME --help` ends with what that builder says of itself and its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["words"] = list(args)  # help is printed before the arguments are read
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        super().format_epilog(ctx, formatter)
+        if name := next((word for word in ctx.meta.get("words", ()) if word in find.names("datasets.builders")), None):
+            from mmpo.datasets.builder_options import described
+
+            words, options = described(name)
+            formatter.write(f"\nOptions of {name}, key=value:\n")
+            formatter.write_dl([(f"{key}={default}", kind) for key, kind, default in options])
+            formatter.write(f"\n{words}\n")
+
+
+@app.command(cls=PairsCommand)
 def pairs(
     builder: Annotated[str, typer.Argument(metavar="NAME", help="a builder; `mmpo list datasets.builders` names them")],
     data: Annotated[Path, typer.Option(help="source: any dataset that mmpo reads")],
@@ -158,7 +177,10 @@ def pairs(
     preview: Annotated[Path | None, typer.Option(help="a page to write, with 24 of the pairs")] = None,
     plugins: Plugins = None,
 ) -> None:
-    """Make preference pairs by a builder: options are key=value, e.g. mmpo pairs collage kinds={grid: 1} --data FILE."""
+    """Make preference pairs by a builder: options are key=value, e.g. mmpo pairs collage kinds={grid: 1} --data FILE.
+
+    `mmpo pairs NAME --help` lists those of a builder.
+    """
     from mmpo.datasets.build import Order, build, lines
     from mmpo.datasets.builder_options import ToolChoice
 

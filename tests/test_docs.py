@@ -41,6 +41,12 @@ def test_methods_table_is_up_to_date() -> None:
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == made, "run: python docs/methods.py"
 
 
+def test_options_of_builders_are_up_to_date() -> None:
+    made = generator("builders").builders()
+    assert (ROOT / "docs" / "builders.md").read_text(encoding="utf-8") == made, "run: python docs/builders.py"
+    assert made.count("| `max_new_tokens` | `int` |") == 6
+
+
 def test_counts_of_reliability_are_up_to_date() -> None:
     made = generator("reliability").page()
     assert (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8") == made, "run: python docs/reliability.py"

@@ -163,6 +163,16 @@ def test_wrong_options_are_usage_errors(
     assert message in said and ("did you mean 'tile'?" in said or words != ["tyle=3"])
 
 
+@pytest.mark.parametrize("words", [["collage", "--help"], ["--data", "x", "collage", "--help"]])
+def test_help_of_a_builder_has_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pairs", *words]) == cli.OK
+    said = capsys.readouterr().out
+    assert (
+        "--judge-set" in said and "Options of collage" in said and "min_perplexity=1.1" in said and "Pairs of MIA-DPO" in said
+    )
+    assert "grid_noise" not in (cli.main(["pairs", "--help"]), capsys.readouterr().out)[1]
+
+
 def test_builders_and_their_tools_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_llava(tmp_path / "in", crops(2, 32))
     assert cli.main(["pairs", "colage", "--data", str(data), "--out", str(tmp_path / "out")]) == cli.USAGE
