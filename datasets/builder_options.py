@@ -19,7 +19,7 @@ from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
 from mmpo.find import find, model_config, names, nearest
 from mmpo.packaged import PREFIX, resolve
-from mmpo.recipe import _describe
+from mmpo.recipe import problems_of
 from mmpo.schema import Section
 from mmpo.yaml_source import Mark
 
@@ -237,11 +237,11 @@ def _settings(
         ]
     if "path" in given:
         problems.append(f"{option} path: is what {of} says")
-    schema = create_model("settings", __base__=model_config("vlm"), batch_size=(PositiveInt | None, None))
+    schema: type[Section] = create_model("settings", __base__=model_config("vlm"), batch_size=(PositiveInt | None, None))
     try:
         schema.model_validate({**given, "path": spec})
     except ValidationError as error:
-        problems += _describe(error, cast(type[Section], schema), {(): Mark(option)})
+        problems += problems_of(error, cast(type[Section], schema), {(): Mark(option)})
     return given, problems
 
 

@@ -84,7 +84,7 @@ def load(
         recipe = schema.model_validate(layers.data)
         layers.problems += [_line(layers.marks, tuple(key.split(".")), p) for key, p in not_in_shards(recipe)]
     except ValidationError as error:
-        layers.problems += _describe(error, schema, layers.marks)
+        layers.problems += problems_of(error, schema, layers.marks)
     if losses:
         layers.problems += _objective_problems(layers.data.get("objective", []), layers.marks)
         layers.problems += _judge_problems(layers.data.get("judge"), layers.marks)
@@ -141,7 +141,7 @@ def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> di
     try:
         parameters = schema.model_validate(given).model_dump()
     except ValidationError as error:
-        problems += _describe(error, schema, marks, at)
+        problems += problems_of(error, schema, marks, at)
     if problems:
         raise RecipeError(problems)
     beta_dpo = parameters.pop("beta_dpo", None)
@@ -176,7 +176,7 @@ def _judge_problems(judge: Any, marks: Marks) -> list[str]:
     try:
         schema.model_validate(given)
     except ValidationError as error:
-        return _describe(error, schema, marks, ("judge", "options"))
+        return problems_of(error, schema, marks, ("judge", "options"))
     return []
 
 
@@ -341,7 +341,7 @@ def _dotted(keys: Keys) -> str:
     return ".".join(map(str, keys))
 
 
-def _describe(error: ValidationError, schema: type[Section], marks: Marks, at: Keys = ()) -> list[str]:
+def problems_of(error: ValidationError, schema: type[Section], marks: Marks, at: Keys = ()) -> list[str]:
     """pydantic's errors in this project's form."""
     return [_line(marks, (*at, *e["loc"]), _problem(e, schema)) for e in error.errors(include_url=False)]
 

@@ -517,9 +517,12 @@ def _fresh_accelerate() -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(tmp_path: Path, begun: bool) -> None:
+def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(root: Path, tmp_path: Path, begun: bool) -> None:
     """In a run that has begun the account stays that of what it was trained on."""
-    path = write_rows(tmp_path)
+    path = root / f"refused-{begun}.jsonl"
+    rows: list[tuple[Row, Damage | None]] = [(sound(n), None) for n in range(20)]
+    rows[5] = ({**rows[5][0], "caption": None}, DAMAGES["key missing"])
+    write("jsonl", Table(rows), path)
     folder = tmp_path / "run"
     (folder / "checkpoints" if begun else folder).mkdir(parents=True)
     with pytest.raises(DataError, match="data.bad_budget allows"), prepare.refusal_accounted(folder):
@@ -528,5 +531,6 @@ def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(tmp_path: Path, b
         assert [p.name for p in folder.iterdir()] == ["checkpoints"]
     else:
         counts = json.loads((folder / "ledger.json").read_text())
-        assert counts["rows"] == counts["used"] + sum(counts["refused"].values())
-        assert len((folder / "quarantine.jsonl").read_text().splitlines()) == sum(counts["refused"].values()) > 0
+        assert (counts["rows"], sum(counts["refused"].values())) == (20, 1)
+        (kept,) = (folder / "quarantine.jsonl").read_text().splitlines()
+        assert json.loads(kept)["where"].endswith("line 6")
