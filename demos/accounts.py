@@ -82,7 +82,7 @@ def read(path: Path) -> Accounts:
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise RecipeError(f"{path}: others on this machine can read or change it; `chmod 600 {path}` closes it")
     digests = {}
-    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, row in enumerate(_decoded(path).splitlines(), 1):
         if not row.strip() or row.startswith("#"):
             continue
         name, digest = _parse(row.strip(), f"{path}:{number}")
@@ -94,6 +94,15 @@ def read(path: Path) -> Accounts:
     return Accounts(digests)
 
 
+def _decoded(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}: no text; expected lines that `mmpo demo password NAME` printed") from error
+
+
 def _parse(row: str, where: str) -> tuple[str, Digest]:
     found = _LINE.fullmatch(row)
     try:
@@ -101,11 +110,17 @@ def _parse(row: str, where: str) -> tuple[str, Digest]:
             raise ValueError
         cost = int(found["n"]), int(found["r"]), int(found["p"])
         salt, digest = (base64.b64decode(found[part], validate=True) for part in ("salt", "digest"))
-        if cost[0] < COST[0] or cost[0] > 2**17 or not 1 <= cost[1] <= 16 or not 1 <= cost[2] <= 4 or len(digest) != 32:
+        if not _usable(*cost) or len(digest) != 32:
             raise ValueError
     except ValueError as error:
         raise RecipeError(f"{where}: expected a line that `mmpo demo password NAME` printed") from error
     return found["name"], Digest(cost, salt, digest)
+
+
+def _usable(n: int, r: int, p: int) -> bool:
+    """Whether scrypt takes this cost (RFC 7914, section 2: n is a power of 2, and below 2 to the 16 r), in bearable time."""
+    bearable = COST[0] <= n <= 2**17 and 1 <= r <= 16 and 1 <= p <= 4  # looked at first: of a huge r there is no power
+    return bearable and n & (n - 1) == 0 and n < 2 ** (16 * r)
 
 
 def _scrypt(password: str, salt: bytes, cost: tuple[int, int, int]) -> bytes:

@@ -53,7 +53,8 @@ class Guard:
     sessions: Sessions = field(default_factory=Sessions)
     visits: Rates = field(default_factory=lambda: Rates(burst=300, per_second=60))  # of one visitor
     arrivals: Rates = field(default_factory=lambda: Rates(burst=200, per_second=20))  # new visitors from one address
-    guesses: Rates = field(default_factory=lambda: Rates(burst=5, per_second=0.2))  # of a password, from one address
+    guesses: Rates = field(default_factory=lambda: Rates(burst=5, per_second=0.2))  # wrong ones, of one name's password
+    attempts: Rates = field(default_factory=lambda: Rates(burst=40, per_second=1))  # wrong ones, from one address
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # each holds 16 MiB
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,9 +90,11 @@ class Guard:
             check_length(headers, MAX_BODY)
             body = await read(receive)
         if not self.doors.constant(path):
+            if self.accounts is not None and (name := self.sessions.name(cookie(headers, SESSION_COOKIE))):
+                scope[WHO] = scope["mmpo.account"] = name
+            self._count(scope, headers)
             if self.accounts is not None and (answer := await self._let_in(scope, headers, body)):
                 return answer, receive
-            self._count(scope, headers)
         self.doors.check(path)
         if path.startswith(_CALLS):
             check_texts(body or b"", self.doors)
@@ -99,40 +102,48 @@ class Guard:
         return None, receive if body is None else replay(body, receive)
 
     async def _let_in(self, scope: Scope, headers: Headers, body: bytes | None) -> Response | None:
-        """Who is in passes, with the account's name; others see the page that asks for a name and a password."""
-        assert self.accounts is not None
-        name = self.sessions.name(cookie(headers, SESSION_COOKIE))
+        """Who is in passes; others see the page that asks for a name and a password."""
         if scope["path"] == login.PATH:
             return await self._log_in(scope, body or b"") if scope["method"] == "POST" else HTMLResponse(login.page())
-        if name is not None:
-            scope[WHO] = scope["mmpo.account"] = name
+        if WHO in scope:
             return None
         if scope["method"] in ("GET", "HEAD") and "text/html" in headers.get("accept", ""):
             return RedirectResponse(login.PATH, 303)
         raise Refused(401, "not logged in", f"log in at {login.PATH} first")
 
     async def _log_in(self, scope: Scope, body: bytes) -> Response:
-        if wait := self.guesses.wait(address(scope)):
-            raise Refused(429, "too many guesses", f"too many attempts; wait {wait:.0f} seconds", wait)
         fields = parse_qs(body.decode(errors="replace"), max_num_fields=4)
         name, password = (fields.get(field, [""])[0] for field in ("name", "password"))
-        accounts = self.accounts
+        accounts, kept = self.accounts, name if NAME.fullmatch(name) else ""
         assert accounts is not None
+        counted = ((self.guesses, f"{address(scope)} {kept}"), (self.attempts, address(scope)))
+        for number, (rates, who) in enumerate(counted):
+            if wait := rates.wait(who):
+                for earlier, known in counted[:number]:  # what is not tried is no attempt
+                    earlier.give_back(known)
+                raise Refused(429, "too many guesses", f"too many attempts; wait {wait:.0f} seconds", wait)
         async with self.checking:
             right = await asyncio.to_thread(accounts.check, name, password)
         if not right:
-            log.warning("login refused for %s", ascii(name[:64]) if NAME.fullmatch(name) else "a name that cannot exist")
+            log.warning("login refused for %s", ascii(kept) if kept else "a name that cannot exist")
             return HTMLResponse(login.page("Wrong name or password."), 401)
+        for rates, who in counted:
+            rates.give_back(who)
         answer = RedirectResponse("/", 303)
         set_cookie(answer.headers, scope, SESSION_COOKIE, self.sessions.start(name), int(SESSION))
         return answer
 
     def _count(self, scope: Scope, headers: Headers) -> None:
-        """Rate limits; a visitor not seen before counts for the address as well, so that new names give no new room."""
-        if WHO not in scope:
-            scope[WHO] = _known(headers) or secrets.token_urlsafe(16)
-        arrived = not self.visits.knows(scope[WHO])
-        wait = (self.arrivals.wait(address(scope)) if arrived else 0.0) or self.visits.wait(scope[WHO])
+        """Rate limits; a visitor not seen before counts for the address as well, so that new names give no new room.
+
+        Where there are accounts, those who are not in are one visitor for each address.
+        """
+        if self.accounts is not None and WHO not in scope:
+            arrived, who = False, f"{address(scope)}, not in"
+        else:
+            who = scope.setdefault(WHO, _known(headers) or secrets.token_urlsafe(16))
+            arrived = not self.visits.knows(who)
+        wait = (self.arrivals.wait(address(scope)) if arrived else 0.0) or self.visits.wait(who)
         if wait:
             raise Refused(429, "too many requests", f"too many requests; wait {wait:.0f} seconds", wait)
 

@@ -30,3 +30,9 @@ class Rates:
         while len(self.buckets) > REMEMBERED:
             self.buckets.popitem(last=False)
         return waits
+
+    def give_back(self, who: str) -> None:
+        """Uncount a request that was let through."""
+        if who in self.buckets:
+            left, then = self.buckets[who]
+            self.buckets[who] = (min(self.burst, left + 1), then)

@@ -51,6 +51,9 @@ def test_a_file_of_accounts_is_read_strictly(tmp_path: Path) -> None:
         "tim:secret",
         line + "x",
         line.replace("16384", "2"),
+        line.replace("16384", "20000"),
+        line.replace("16384$8", "65536$1"),
+        line.replace("16384$8", "16384$99999999999"),
         line.replace("tim", "a b"),
         f"{line}\n{line}",
         "# nobody",
@@ -60,6 +63,9 @@ def test_a_file_of_accounts_is_read_strictly(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(RecipeError, match="accounts"):
             accounts.read(path)
+    path.write_bytes(b"# people\n\xff\xfe\x00")
+    with pytest.raises(RecipeError, match=r"accounts:2: .*mmpo demo password"):
+        accounts.read(path)
     os.chmod(path, 0o644)
     with pytest.raises(RecipeError, match="chmod 600"):
         accounts.read(path)

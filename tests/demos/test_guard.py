@@ -281,6 +281,27 @@ def test_passwords_cannot_be_tried_quickly(client: Any, people: Accounts) -> Non
     assert browser.post("/login", data={"name": "tim", "password": PASSWORD}).status_code == 429
 
 
+def test_right_passwords_use_up_no_guesses(client: Any, people: Accounts) -> None:
+    """Nor do those of others: behind a proxy everybody has one address."""
+    browser = client(accounts=people, guesses=Rates(burst=2, per_second=0.01), attempts=Rates(burst=4, per_second=0.01))
+
+    def status(name: str, password: str) -> int:
+        return int(browser.post("/login", data={"name": name, "password": password}).status_code)
+
+    assert {status("tim", PASSWORD) for _ in range(6)} == {303}
+    assert [status("ann", "wrong") for _ in range(5)] == [401, 401, 429, 429, 429]
+    assert status("tim", PASSWORD) == 303, "what was refused untried does not count for the address"
+    assert [status(f"{i} no name", "wrong") for i in range(3)] == [401, 401, 429]
+    assert status("tim", PASSWORD) == 429, "who tries many names is stopped by the address"
+
+
+def test_who_is_not_in_is_counted_too(client: Any, people: Accounts) -> None:
+    browser = client(accounts=people, visits=Rates(burst=3, per_second=0.01))
+    assert [browser.get("/vote").status_code for _ in range(5)] == [401, 401, 401, 429, 429]
+    forged = {"cookie": f"{guard.VISITOR}={'a' * 22}"}
+    assert browser.get("/vote", headers=forged).status_code == browser.get("/login").status_code == 429
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "workstation", "127.0.0.1.evil.example"])
 def test_other_machines_come_in_with_a_password_only(host: str) -> None:
     assert not is_loopback(host) and is_loopback("127.0.0.3") and is_loopback("::1") and is_loopback("LocalHost")
