@@ -27,6 +27,7 @@ from mmpo.demos.systems import Source
 TIMEOUT = 300.0  # seconds of one request
 START_TIMEOUT = 900.0  # of loading models
 GRACE = 5.0  # between being asked to stop and being killed
+END = 2.0  # between being asked to end and being killed
 AWAY = 5.0  # after which one who waits, but does not look whether it is their turn, is passed by
 ENDS = 2  # processes in a row that end before they answer anything, until no other is started
 KINDS = ("waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed")
@@ -75,14 +76,8 @@ class Worker:
         self, source: Source, files: Path, cache: Path, *, timeout: float = TIMEOUT, grace: float = GRACE,
         opener: Open | None = None,
     ) -> None:  # fmt: skip
-        self.source, self.files, self.cache, self.timeout, self.grace, self.opener = (
-            source,
-            files,
-            cache,
-            timeout,
-            grace,
-            opener,
-        )
+        self.source, self.files, self.cache = source, files, cache
+        self.timeout, self.grace, self.opener = timeout, grace, opener
         self.state = State("starting")
         self._change, self._turns = threading.RLock(), threading.Condition()
         self._process: Any = None
@@ -173,6 +168,10 @@ class Worker:
         """End the process; no other is started."""
         with self._change:
             self.state = State("closed", "The server is being closed.")
+            if self._process is not None:
+                self._send({"do": "stop", "id": self._number})
+                self._send({"do": "end"})
+                self._process.join(min(self.grace, END))
             self._kill()
 
     # ---- one request
@@ -335,8 +334,8 @@ def serve(pipe: Connection, source: Source, files: Path, cache: Path, opener: Op
         link.say("prompts", prompts=opened.held_out())
     except Exception as error:  # data that are no longer where they were cost the prompts, not the page
         link.say("prompts", prompts=[], message=f"The held-out prompts cannot be read: {told(error)}")
-    while True:
-        answer(opened, link, link.requests.get())
+    while (request := link.requests.get()) is not None:
+        answer(opened, link, request)
 
 
 def _opener() -> Open:
@@ -376,7 +375,7 @@ class Link:
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
-        self.requests: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.requests: queue.Queue[dict[str, Any] | None] = queue.Queue()  # None: there will be no other
         self.stopped: set[int] = set()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -388,7 +387,9 @@ class Link:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 said = json.loads(self._pipe.recv_bytes())
-                if said["do"] == "stop":
+                if said["do"] == "end":  # in its own time, as libraries' semaphores outlive a process that is killed
+                    self.requests.put(None)
+                elif said["do"] == "stop":
                     self.stopped.add(said["id"])
                 else:
                     self.requests.put(said)

@@ -220,6 +220,22 @@ def test_a_closed_worker_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_closed_worker_leaves_no_semaphores(tmp_path: Path) -> None:
+    """Python complains of those at the end of a server."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mmpo.demos.worker import Worker\n"
+        "from tests.demos.sources import WORDS, locks\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker(WORDS, Path(sys.argv[1]), Path(sys.argv[1]), opener=locks)\n"
+        "    worker.start()\n    print(list(worker.sample('hello', [0]))[-1].kind)\n    worker.close()\n"
+    )
+    (script := tmp_path / "server.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    ended = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.slow
 def test_a_process_without_its_server_ends(tmp_path: Path) -> None:
     with working(tmp_path) as worker:
         asked(worker, "hello")
