@@ -57,6 +57,7 @@ SURFACE = {
         "--generator",
         "--set",
         "--judge",
+        "--judge-set",
         "--image-embedder",
         "--text-embedder",
         "--device",
