@@ -167,7 +167,7 @@ def evaluate_pairs(
     seed: int,
     draws: int,
     batch: int = 32,
-    pause: Callable[[], object] = dict,
+    pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Implicit accuracy on held-out pairs: is the log-ratio of chosen above that of rejected, averaged over `draws` draws?
 

@@ -251,9 +251,9 @@ def _halve(run: Run, said: str, error: BaseException) -> None:
 
 
 def _sync(run: Run, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Gradients travel between devices once per optimizer step, with its last forward pass; those of shards with each pass,
+    """Gradients travel between devices once per optimizer step, with its last forward pass.
 
-    as a process that kept them for later would have to keep them whole.
+    Those of shards travel with each pass: a process that kept them for later would have to keep them whole.
     """
     return contextlib.nullcontext() if last or sharding.sharded(run.model) else run.accelerator.no_sync(run.model)
 
