@@ -296,5 +296,9 @@ def test_an_interrupt_that_a_library_turns_into_another_error_is_one(monkeypatch
             raise ImportError("initialization failed") from None
 
     monkeypatch.setattr(cli, "app", broken)
-    assert cli.main([]) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes away from background jobs
+    try:
+        assert cli.main([]) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,6 +6,7 @@ The arrangement and what happens without it: docs/architecture.md, "Layout".
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import os
 import subprocess
@@ -31,18 +32,24 @@ VAGUE = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manage
 MEANT = {"datasets/tools.py"}  # not a box of odds and ends: it says what the Tools are that builders are given
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 LONGEST = 60  # lines of a function's body; the words for its parameters come on top
 
 
 def test_functions_are_short() -> None:
     for path in CODE:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 start = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0].lineno
                 length = (node.end_lineno or 0) - start + 1
                 assert length <= LONGEST, f"{path.relative_to(ROOT)}: the body of {node.name} has {length} lines"
 
 
+@pytest.mark.slow
 def test_bare_datasets_is_hugging_face() -> None:
     code = "import datasets; print(datasets.__file__)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -105,7 +112,7 @@ def imported(nodes: list[ast.stmt]) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
 def test_core_knows_no_room(path: Path) -> None:
-    names = set(imported(ast.parse(path.read_text(encoding="utf-8")).body))
+    names = set(imported(parsed(path).body))
     rooms = tuple(f"mmpo.{room}." for room in ("modalities", "datasets", "demos", *INNER))
     allowed = ROOM_IMPORTS_ALLOWED.get(path.name)
     found = {n for n in names if n.startswith(rooms) and not (allowed and n.startswith(allowed))}
@@ -114,7 +121,7 @@ def test_core_knows_no_room(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in CODE if p.name != "find.py"], ids=lambda p: p.stem)
 def test_nobody_asks_which_modality_it_is(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             named = any("modality" in (getattr(s, "id", ""), getattr(s, "attr", "")) for s in sides)
@@ -126,7 +133,7 @@ def test_imports_are_absolute() -> None:
     relative = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in CODE
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert relative == []
@@ -160,7 +167,7 @@ def used(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", CODE, ids=lambda p: p.stem)
 def test_media_are_opened_at_one_door(path: Path) -> None:
-    names = set(used(ast.parse(path.read_text(encoding="utf-8"))))
+    names = set(used(parsed(path)))
     found = {reader for reader in READERS if any(name == reader or name.startswith(f"{reader}.") for name in names)}
     assert found - DOORS.get(path.name, set()) == set(), "open it through mmpo.media"
 

@@ -38,6 +38,7 @@ def test_the_base_learns_answers_only_a_share_of_them_wrong_and_no_held_out_sum(
     assert abs(wrong - make_sums.WRONG) < 0.02 and abs(len(rows) / 8100 - 0.8) < 0.02
 
 
+@pytest.mark.slow
 def test_make_base_writes_a_model_and_judged_candidates(tmp_path: Path) -> None:
     words = ["--steps=2", "--prompts=5", "--candidates=30"]
     assert cli.main(["make-base", "text", "--out", str(tmp_path / "a"), *words]) == 0

@@ -77,6 +77,7 @@ def test_another_version_of_mmpo_is_named(world: Path, tmp_path: Path, capsys: p
     counter("T12", "another version of mmpo", 1, "refused, named", time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its folder, and a file that one of its options names."""
     began, head, folder = time.monotonic(), tmp_path / "head.bin", tmp_path / "judge"

@@ -266,6 +266,7 @@ def _no_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MMPO_DEBUG", raising=False)
 
 
+@pytest.mark.slow
 def test_mistakes_by_hand(tmp_path: Path) -> None:
     start, path = time.monotonic(), tmp_path / "r.yaml"
     assert len(MISTAKES) >= 100

@@ -32,6 +32,7 @@ def writer(folder: Path, go: int, done: int) -> int:
     return child
 
 
+@pytest.mark.slow
 def test_of_two_writers_one_wins(tmp_path: Path) -> None:
     began = time.monotonic()
     for trial in range(TIMES):
@@ -50,6 +51,7 @@ def test_of_two_writers_one_wins(tmp_path: Path) -> None:
     counter("T9", "two writers at once", TIMES, "exactly one won each time", time.monotonic() - began)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     began = time.monotonic()
     (go, start), (answers, done) = os.pipe(), os.pipe()
