@@ -10,7 +10,7 @@ from typing import Any
 
 from mmpo import media
 from mmpo.datasets.ledger import BadField, Ledger, Row, Skip, TextRow
-from mmpo.datasets.pairing import pair_id
+from mmpo.datasets.pairing import digest, pair_id
 from mmpo.errors import DataError
 from mmpo.pair import Block, Pair, image, text
 
@@ -139,9 +139,7 @@ def image_pair(caption: str, chosen: Block, rejected: Block, ledger: Ledger, **r
     if media.size(chosen) != media.size(rejected):
         ledger.notes["sides of different size (kept)"] += 1
     prompt = (text(caption),)
-    return Pair(
-        pair_id(prompt, (chosen,), (rejected,)), prompt, (chosen,), (rejected,), group=text(caption).digest[:20], **rest
-    )
+    return Pair(pair_id(prompt, (chosen,), (rejected,)), prompt, (chosen,), (rejected,), group=digest(*prompt), **rest)
 
 
 def list_field(row: Row, name: str, length: int | None = None) -> Sequence[Any]:

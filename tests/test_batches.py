@@ -47,7 +47,15 @@ def worker(folder: str, case: str) -> None:
         pairs[3] = line_pairs(4, weight=float("nan"))[3]
     found = {}
     for loss in OVER_BATCH if case == "statistics" else [{"loss": "dpo", "beta": 1.0}]:
-        run = line_run(Path(folder), pairs, loss, batch_size=4, on_nonfinite="skip", lr=0.5 if case == "statistics" else 0.05)
+        run = line_run(
+            Path(folder),
+            pairs,
+            loss,
+            batch_size=4,
+            on_nonfinite="skip",
+            nonfinite_budget=1.0,
+            lr=0.5 if case == "statistics" else 0.05,
+        )
         assert run.accelerator.num_processes == 2
         train(run, 6)
         found[loss["loss"]] = weight(run).tolist()
@@ -84,7 +92,7 @@ def test_two_processes_equal_one_of_twice_the_batch(tmp_path: Path, case: str) -
         pairs[3] = line_pairs(4, weight=float("nan"))[3]
     (tmp_path / "two").mkdir()
     first, second = both_ranks(tmp_path / "two", case)
-    one = line_run(tmp_path / "one", pairs, batch_size=8, on_nonfinite="skip")
+    one = line_run(tmp_path / "one", pairs, batch_size=8, on_nonfinite="skip", nonfinite_budget=1.0)
     train(one, 6)
     assert first == second and first["skipped"] == one.progress.skipped_steps == (2 if case == "skip" else 0)
     torch.testing.assert_close(torch.tensor(first["weight"]), weight(one), rtol=0, atol=1e-6)

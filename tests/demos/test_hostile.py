@@ -5,6 +5,7 @@ The pages run with Chromium; the rest are requests. What the guard refuses witho
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -175,11 +176,19 @@ def test_markup_typed_into_gradios_own_components_is_text(browser: Browser, plai
     page.goto(plain[0])
     for text in bundles():
         page.get_by_label("Prompt").fill(text)
-        page.get_by_role("button", name="Show").click()
-        page.get_by_role("button", name="Say").click()
-        expect(page.get_by_label("Said")).to_have_value(text, timeout=60_000)
+        said(page, text)
         witness.check()
     page.close()
+
+
+def said(page: Page, text: str) -> None:
+    """Press both buttons until the answer is this text: a click just behind the keys may still send the words before."""
+    for seconds in (5, 15, 40):
+        page.get_by_role("button", name="Show").click()
+        page.get_by_role("button", name="Say").click()
+        with contextlib.suppress(AssertionError):
+            return expect(page.get_by_label("Said")).to_have_value(text, timeout=1000 * seconds)
+    raise AssertionError(f"not said within a minute: {text!r}")
 
 
 def test_no_file_of_the_machine_is_served_by_gradio(plain: tuple[str, Path]) -> None:
