@@ -62,6 +62,7 @@ def exported(base: Path, export: Path, end: str) -> tuple[Likelihood, Likelihood
     return likelihood, reference
 
 
+@pytest.mark.slow
 def test_rewards_equal_plain_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"{a}+27=", "chosen": str(a + 27), "rejected": str(a + 28)} for a in range(20, 30)]
     rows += [{"prompt": "10+10=", "chosen": "20", "rejected": "20 "}]

@@ -273,6 +273,7 @@ def test_the_command_line(tmp_path: Path, capsys: Any) -> None:
     assert {f["name"] for f in told["findings"] if f["alarm"]} == {"length"}
 
 
+@pytest.mark.slow
 def test_audit_without_a_model_imports_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(map(json.dumps, clean(2, 40))))

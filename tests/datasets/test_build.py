@@ -97,6 +97,7 @@ def test_the_same_order_gives_the_same_bytes_and_is_made_once(tmp_path: Path, mo
         build(order(data, tmp_path / "in"))
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_llava(tmp_path / "in", crops(70, 32))
     whole = build(order(data, tmp_path / "whole", "kinds={grid: 1}"))

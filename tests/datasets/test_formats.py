@@ -485,6 +485,7 @@ def test_imagereward_four_generations(tmp_path: Path) -> None:
 
 
 @needs_shared
+@pytest.mark.slow
 def test_imagereward_all_466_prompts(tmp_path: Path) -> None:
     """The real ranks with a distinct small picture for each generation: 6,399 strict pairs and 831 ties."""
     path = SHARED / "prompts" / "imagereward_test.json"

@@ -79,6 +79,7 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(PAIR, max_size=3, unique_by=lambda p: p.id))
+@pytest.mark.slow
 def test_everything_comes_back(tmp_path: Path, pairs: list[Pair]) -> None:
     assert write_mmpo(pairs, tmp_path / "d") == len(pairs)
     back, ledger = load(tmp_path / "d", ties="soft")
