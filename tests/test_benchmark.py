@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import diffusion_step as bench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def contestants(tmp_path: Path) -> list[bench.Variant]:

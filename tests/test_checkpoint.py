@@ -276,9 +276,8 @@ def killed_save(folder: Path, fault: Fault, keep: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
-@pytest.mark.parametrize(
-    ("old", "keep"), [pytest.param(True, 1, marks=pytest.mark.slow), (True, 2), pytest.param(False, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("old", "keep"), [(True, 1), (True, 2), (False, 1)])
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint_whole(tmp_path: Path, old: bool, keep: int):
     folder = tmp_path / "run"
     names = calls_of_a_save(fresh(folder, old), keep)

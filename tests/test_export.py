@@ -17,6 +17,7 @@ from mmpo.lock import RunLock
 from mmpo.modalities.diffusion import Adapter
 from tests.tiny_run import load, make_world
 
+pytestmark = pytest.mark.slow
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -36,7 +37,6 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.slow
 def test_sample_writes_base_beside_aligned(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sample", str(finished), "--prompt", "a red circle", "--prompt", "a blue cross", "--seed", "3", "--out"]
     assert cli.main([*words, str(tmp_path / "one")]) == 0

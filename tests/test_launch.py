@@ -31,6 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_is_left_alone(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log, report = (world / "run" / name for name in ("log.jsonl", "report.html"))
     before, stamp = log.read_bytes(), (world / "run" / "checkpoints" / "CURRENT").stat().st_mtime_ns

@@ -436,6 +436,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text("abcdn", min_size=1, max_size=4), VALUES, max_size=4))
+@pytest.mark.slow
 def test_any_options_survive_a_dump(options: dict[str, Any]) -> None:
     recipe = Recipe.model_validate({"judge": {"options": options}})
     data, _ = parse(dump(Resolved(recipe)), "f.yaml")

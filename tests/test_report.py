@@ -175,6 +175,7 @@ def test_report_is_deterministic(run: Path, html: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["samples", "summary.json", "log.jsonl", "recipe.yaml", "everything"])
+@pytest.mark.slow
 def test_report_survives_missing_pieces(tmp_path: Path, missing: str) -> None:
     run = tmp_path / "run"
     if missing == "everything":

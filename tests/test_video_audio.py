@@ -197,6 +197,7 @@ def played(code: str, limits: decoding.Limits = QUICK) -> str:
         ("import os; os.kill(os.getpid(), 9)", "killed twice"),
     ],
 )
+@pytest.mark.slow
 def test_a_decoder_can_only_hurt_itself(obedient: None, monkeypatch: pytest.MonkeyPatch, code: str, words: str) -> None:
     monkeypatch.setattr(decoding, "GRACE_SECONDS", 1.0)
     message = played(code)

@@ -38,6 +38,7 @@ def test_any_other_text_falls_back_to_bytes(tokenizer: make_shapes.CLIPTokenizer
     assert tokenizer.unk_token_id not in tokenizer("zx ü", add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 def test_the_share_of_wrong_captions_is_what_was_asked_for() -> None:
     right, wrong = (make_shapes.pictures(200, np.random.default_rng(0), share) for share in (0.0, 1.0))
     assert right[0].shape == (200, 3, shapes.SIZE, shapes.SIZE)
@@ -48,6 +49,7 @@ def test_the_share_of_wrong_captions_is_what_was_asked_for() -> None:
     assert not any(judged)
 
 
+@pytest.mark.slow
 def test_specks_are_seen_by_the_verifier_and_come_in_the_share_asked_for() -> None:
     clean, dirty = (make_shapes.pictures(200, np.random.default_rng(0), speckled=share) for share in (0.0, 1.0))
     judged = [

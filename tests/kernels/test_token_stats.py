@@ -137,14 +137,14 @@ def test_several_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_do_not_know_of_each_other() -> None:
-    (hidden, weight, _), (ref_hidden, _, _), labels = inputs(9, dtype=torch.float32)
+    (hidden, weight, _), (ref_hidden, _, _), labels = inputs(9)
     order, tiling = torch.randperm(9, generator=torch.Generator().manual_seed(1)), Tiling(400, 0)
     whole = values(token_stats(hidden, Head(weight), labels, ALL, ref_hidden, tiling=tiling))
     shuffled = values(token_stats(hidden[order], Head(weight), labels[order], ALL, ref_hidden[order], tiling=tiling))
     first = values(token_stats(hidden[:4], Head(weight), labels[:4], ALL, ref_hidden[:4], tiling=tiling))
     for all_rows, other, part in zip(whole, shuffled, first, strict=True):
-        torch.testing.assert_close(all_rows[order], other, rtol=0, atol=1e-6)
-        torch.testing.assert_close(all_rows[:4], part, rtol=0, atol=1e-6)
+        torch.testing.assert_close(all_rows[order], other, rtol=0, atol=1e-12)
+        torch.testing.assert_close(all_rows[:4], part, rtol=0, atol=1e-12)
 
 
 def test_equal_inputs_give_equal_bits() -> None:

@@ -161,6 +161,7 @@ def close_gradients(mine: dict[str, Tensor], published: dict[str, Tensor]) -> No
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_dpo_is_the_published_one(target: str, kind: str, checkpoint: Checkpoint, fp64: Callable[[], None]) -> None:
     """Loss, margins and gradients, in two steps of gradient descent on the same draw; the second one has its own gradient."""
     ours, reference, theirs, frozen, batch, conditions = setup(checkpoint(target), target, kind, {})

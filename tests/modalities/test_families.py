@@ -257,6 +257,7 @@ def perturb(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "sana"])
+@pytest.mark.slow
 def test_lora_loads_in_plain_diffusers(family: str, wrapped: bool, folder: Any, tmp_path: Path) -> None:
     """Saved here, loaded by the pipeline's own load_lora_weights, the output is the trained policy's, alpha included."""
     trained, fresh = (load(str(folder(family)), text_length=TOKENS) for _ in range(2))

@@ -109,6 +109,7 @@ def by_hand(ours: Adapter, folder: Path, target: str, pair: int, branch: str, mo
         ("flow", "renoise", 0),
     ],
 )
+@pytest.mark.slow
 def test_a_batch_is_its_rows_one_by_one(target: str, mode: str, eta: float, checkpoint: Checkpoint) -> None:
     """Four pairs at different levels: time, x_t, target, for both members."""
     folder = checkpoint(target)

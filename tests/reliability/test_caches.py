@@ -82,6 +82,7 @@ def encoded(path: Path, cache: Cache, **settings: Any) -> tuple[int, int, torch.
     return sum(pictures), sum(prompts), found[0].latents["chosen"]
 
 
+@pytest.mark.slow
 def test_latents_belong_to_weights_precision_settings_and_version(
     pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_latents_belong_to_weights_precision_settings_and_version(
     counter("T16", "latents under another setting", len(changes) + 1, "all computed again", time.monotonic() - start)
 
 
+@pytest.mark.slow
 def test_a_reference_score_belongs_to_its_weights_precision_and_machine(
     pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def files(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != "run.lock"}
 
 
+@pytest.mark.slow
 def test_every_changed_setting_is_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began, before = time.monotonic(), files(world / "run")
     for change in CHANGES:
@@ -106,6 +107,7 @@ def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.slow
 def test_changed_weights_are_named(world: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     began, file, name = time.monotonic(), world / "pipe" / part, PARTS[part]
     whole = file.read_bytes()
