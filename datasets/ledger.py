@@ -42,7 +42,9 @@ class Skip(Exception):
 
 
 class OverBudget(DataError):
-    """More bad rows than are allowed; `ledger` has their account."""
+    """More bad rows than are allowed; `ledger` has their account. shifted: they are those of eval.shifted."""
+
+    shifted = False
 
     def __init__(self, message: str, ledger: Ledger) -> None:
         super().__init__(message)

@@ -156,7 +156,8 @@ def repacked(av: ModuleType, data: bytearray, request: Request) -> Decoded:
     out, most = io.BytesIO(), 2 * len(data) + 2**16  # tables that name the same bytes again and again would fill the memory
     with av.open(io.BytesIO(data), format=request["container"], options={"protocol_whitelist": ""}) as file:
         taken = [file.streams.video[0], *file.streams.audio[:1]]
-        to = "webm" if request["container"] == "matroska" and codec_of(taken[0]) in WEBM else "mp4"
+        webm = request["container"] == "matroska" and all(codec_of(s) in WEBM for s in taken)
+        to = "webm" if webm else "mp4"
         with av.open(out, "w", format=to, options={"fflags": "+bitexact"}) as made:
             copies = {stream.index: copy_of(av, stream, made) for stream in taken}
             made.metadata.clear()
@@ -182,7 +183,7 @@ def codec_of(stream: Any) -> str:
     return str(stream.codec_context.codec.canonical_name)
 
 
-WEBM = {"vp8", "vp9", "av1"}  # what browsers play in it
+WEBM = {"vp8", "vp9", "av1", "vorbis", "opus"}  # what it may hold and browsers play
 SILENCED = {"h264": "filter_units=remove_types=6"}  # NAL units that a decoder does not need
 DECODERS = {"decord": by_decord, "av": by_av, "soundfile": by_soundfile, "repack": repacked}
 MODULES = {"decord": "decord", "av": "av", "soundfile": "soundfile", "repack": "av"}

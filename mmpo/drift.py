@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmpo import __version__, checkpoint, runfolder
+from mmpo import __version__, checkpoint, runfolder, yaml_source
 from mmpo import recipe as recipes
 from mmpo.errors import RecipeError
 from mmpo.masking import masked
@@ -24,7 +24,10 @@ def claim_recipe(folder: Path, resolved: Resolved) -> None:
     """Write the resolved recipe; RecipeError, naming the settings, for a folder whose run was started from another one.
 
     Before its first checkpoint there is nothing to lose: a recipe that turned out wrong is corrected in the same folder.
+    One that could not be read back, as its defaults make it larger than a recipe may be, is refused here and not on resume.
     """
+    written = recipes.dump(resolved)
+    yaml_source.parse(written, f"{folder / 'recipe.yaml'}, with all defaults")
     path, mine = folder / "recipe.yaml", masked(None, resolved.recipe.model_dump(mode="json"))
     if path.exists() and runfolder.begun(folder):
         known = runfolder.read_yaml(path, "put it back, or remove it and allow that it is missing: --allow-drift recipe.yaml")
@@ -32,7 +35,7 @@ def claim_recipe(folder: Path, resolved: Resolved) -> None:
         _settle(folder, "another recipe", found, resolved.allow_drift)
     elif runfolder.begun(folder):
         _settle(folder, "a recipe that is missing", {"recipe.yaml": (None, "as given")}, resolved.allow_drift)
-    checkpoint.write_atomic(path, recipes.dump(resolved).encode())
+    checkpoint.write_atomic(path, written.encode())
 
 
 def claim_inputs(folder: Path, digests: Mapping[str, str], allow_drift: Sequence[str]) -> None:

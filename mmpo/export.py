@@ -34,10 +34,9 @@ def open_run(folder: Path, cache: Path | None = None) -> tuple[Resolved, Any, re
     cache: folder for what frozen encoders make of new prompts; None: the recipe's own.
     Raises ValueError when the folder holds no run, or one that has not reached its first evaluation.
     """
-    best = folder / "best" / "policy.safetensors"
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} holds no run: expected recipe.yaml, which `mmpo train out={folder}` writes")
-    if not best.exists():
+    if not _has_weights(folder):
         raise ValueError(
             f"{folder}: no weights under best/; the run has not reached its first evaluation, start its command again"
         )
@@ -51,6 +50,10 @@ def open_run(folder: Path, cache: Path | None = None) -> tuple[Resolved, Any, re
         for name, parameter in references.trainable(modality.model).items():
             parameter.copy_(trained[name])
     return resolved, modality, start
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / "recipe.yaml").exists() and (folder / "best" / "policy.safetensors").exists()
 
 
 def write(modality: Any, model: torch.nn.Module, folder: Path, merge: bool = False) -> None:
@@ -89,8 +92,11 @@ def export(run: Path, out: Path | None, merge: bool) -> None:
 
 
 def _writing(run: Path, target: Path) -> contextlib.AbstractContextManager[Any]:
-    """The run's lock where `target` lies inside of it: it has one writer. Raises RunBusy while that is another one."""
-    inside = target.resolve().is_relative_to(run.resolve()) and (run / "recipe.yaml").exists()
+    """The run's lock where `target` lies inside of it: it has one writer. Raises RunBusy while that is another one.
+
+    Not of a folder that `open_run` refuses: the lock's file would make a run of it for the next `mmpo train`.
+    """
+    inside = target.resolve().is_relative_to(run.resolve()) and _has_weights(run)
     return RunLock(run) if inside else contextlib.nullcontext()
 
 

@@ -35,10 +35,10 @@ class Request:
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
         """Inside, where nothing changes that is saved, a signal raises BrokenOff and waits for nothing."""
-        if self.number:
-            raise BrokenOff
-        self.at_once = True
+        self.at_once = True  # before the question, so that a signal between the two is not missed
         try:
+            if self.number:
+                raise BrokenOff
             yield
         finally:
             self.at_once = False

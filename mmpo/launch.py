@@ -227,8 +227,9 @@ def make_modality(recipe: Recipe, folder: Path, device: torch.device) -> Any:
 
 def make_judge(recipe: Recipe, modality: Any, device: torch.device) -> Judge | None:
     """The recipe's judge; on the embedded world, its exact verifier; otherwise none, and pair accuracy decides alone."""
-    name = recipe.judge.name or (modality.embedded_judge if modality.is_embedded else None)
-    return find("judges", name)(path=recipe.judge.path, device=str(device), **recipe.judge.options) if name else None
+    if recipe.judge.name is not None:
+        return find("judges", recipe.judge.name)(path=recipe.judge.path, device=str(device), **recipe.judge.options)
+    return find("judges", modality.embedded_judge)(device=str(device)) if modality.is_embedded else None
 
 
 def able(judge: Judge | None, recipe: Recipe, data: Prepared) -> Judge | None:

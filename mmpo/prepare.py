@@ -58,7 +58,8 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     """Read, judge, pair and split. Raises DataError when nothing is left to train on.
 
     Held-out prompts are those of all candidates, also where no two of a prompt's could be told apart. Pairs of one group, such
-    as the collages that were made of one image, are all held out or all trained on.
+    as the collages that were made of one image, are all held out or all trained on; only a prompt that stands in several
+    groups goes with the first of them by name.
     """
     spec, path = recipe.data, _located(recipe.data.path, embedded)
     pairs, asked, ledger, dropped = _read(recipe, path, judge, spec.limit)
@@ -124,7 +125,11 @@ def _shifted(recipe: Recipe, judge: Judge | None) -> tuple[list[Pair], Ledger | 
     """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content; and the ledger of all its rows."""
     if recipe.eval.shifted is None:
         return [], None
-    found, _, ledger, dropped = _read(recipe, recipe.eval.shifted, judge, None)
+    try:
+        found, _, ledger, dropped = _read(recipe, recipe.eval.shifted, judge, None)
+    except OverBudget as error:
+        error.shifted = True  # an account of its own: the rows to train on are not to blame
+        raise
     ledger.notes.update({f"pairing dropped, {reason}": count for reason, count in dropped.items()})
     pairs = [p for p in found if p.chosen and p.rejected]
     if len(pairs) < len(found):
@@ -168,8 +173,10 @@ def refusal_accounted(folder: Path) -> Iterator[None]:
         yield
     except OverBudget as error:
         if not runfolder.begun(folder):
-            _keep_bad(folder / "quarantine.jsonl", error.ledger)
-            write_atomic(folder / "ledger.json", (json.dumps(error.ledger.counts(), indent=1) + "\n").encode())
+            counts = error.ledger.counts()
+            _keep_bad(folder / f"quarantine{'_shifted' * error.shifted}.jsonl", error.ledger)
+            told = json.dumps({"shifted": counts} if error.shifted else counts, indent=1)
+            write_atomic(folder / "ledger.json", (told + "\n").encode())
         raise
 
 
@@ -280,10 +287,11 @@ def pair_candidates(recipe: Recipe, rows: Sequence[Candidate], judge: Judge | No
 
 def _held_out(pairs: Sequence[Pair], asked: Sequence[Prompt], share: float) -> set[str]:
     """The digests of the prompts that are held out: by their own hash, or by that of the first group that they stand in."""
+    wide = {p.group for p in pairs if p.group != digest(*p.prompt)}  # of more than the prompt that names them
     groups: dict[str, str] = {}
     for pair in pairs:
         name = digest(*pair.prompt)
-        if pair.group not in (None, name):
+        if pair.group is not None and pair.group in wide:
             groups[name] = min(groups.get(name, pair.group), pair.group)
     found = {digest(*prompt): prompt for prompt in asked}
     return {n for n, p in found.items() if (_below(groups[n], share) if n in groups else is_heldout(p, share))}

@@ -78,7 +78,7 @@ def read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        message = f"{path}:{error.lineno}: not valid JSON ({error.msg}); repeat the training command to rewrite it"
+        message = f"{path}:{error.lineno}: not valid JSON ({error.msg}); remove it, and the training command writes it again"
         raise ValueError(message) from error
     if not isinstance(summary, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(summary).__name__}")

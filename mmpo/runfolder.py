@@ -50,7 +50,7 @@ def _has_saved(folder: Path) -> bool:
 
 def begun(folder: Path) -> bool:
     """Whether there is something of a run to lose: a checkpoint, its best weights, or its summary."""
-    return any((folder / name).exists() for name in ("checkpoints", "best", "summary.json"))
+    return _has_saved(folder) or (folder / "summary.json").exists()
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpo import checkpoint, sharding
 from mmpo import reference as references
+from mmpo.errors import RunFailed
 from mmpo.progress import Progress, Run, say
 from mmpo.reference import Cached, Values, trainable, unwrap
 from mmpo.state import pack_optimizer, restore_rng, rng_state, unpack_optimizer
@@ -55,6 +56,11 @@ def resume(run: Run) -> bool:
     Where the checkpoint was written under other packages, threads, processes or devices, it says that the bits will differ.
     """
     found = checkpoint.load_latest(run.folder / "checkpoints")
+    if found is None and (run.folder / "best" / "policy.safetensors").exists():  # step 0 is saved first, so no kill leaves that
+        raise RunFailed(
+            f"{run.folder}: has the best weights of a run and no checkpoint to go on from; a run begun anew would replace "
+            "them. Put its checkpoints/ back, or use another out="
+        )
     run.accelerator.wait_for_everyone()  # all have seen the same checkpoints before the first process writes another
     if run.accelerator.is_main_process:
         _wind_back(run, found.meta if found else {"log_offset": 0})

@@ -1,4 +1,4 @@
-"""What a room's function may be given, read from its file: recipes are checked before torch loads."""
+"""What a room's function may be given, read from its file: `mmpo config explain` tells it without torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(room: str, name: str, without: frozenset[str] = frozenset()) -> dict
     if function is None or function.args.kwarg:
         return None
     given = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
-    return {argument.arg: Parameter(_kind(argument.annotation), _value(default)) for argument, default in given}
+    return {argument.arg: _parameter(argument.annotation, default) for argument, default in given}
 
 
 def _imported(function: Any, without: frozenset[str]) -> dict[str, Parameter] | None:
@@ -55,9 +55,9 @@ def _kind(annotation: ast.expr | None) -> Any:
         return Any
 
 
-def _value(default: ast.expr | None) -> Any:
-    """A default that is not written out counts as given: None."""
+def _parameter(annotation: ast.expr | None, default: ast.expr | None) -> Parameter:
+    """A default that is not written out counts as None, of which no kind can be asked."""
     try:
-        return ... if default is None else ast.literal_eval(default)
+        return Parameter(_kind(annotation), ... if default is None else ast.literal_eval(default))
     except ValueError:
-        return None
+        return Parameter(Any, None)

@@ -35,6 +35,8 @@ _READ: tuple[tuple[str, tuple[str, Callable[[Recipe], bool]]], ...] = (
     ("judge.options", _NAMED),
     ("train.betas", _is("train.optimizer", "adamw")),
     ("train.eps", _is("train.optimizer", "adamw")),
+    ("train.nonfinite_budget", _is("train.on_nonfinite", "skip")),
+    ("data.bad_budget", _is("data.on_bad", "skip", "quarantine")),
     ("train.round_prompts", _ROUNDS),
     ("train.round_candidates", _ROUNDS),
     ("train.round_keeps_data", _ROUNDS),

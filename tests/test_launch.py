@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from mmpo import cli, drift, finish, launch
+from mmpo import recipe as recipes
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.objective import Objective, make_term
 from mmpo.pair import Span
@@ -42,6 +44,7 @@ def test_a_finished_run_says_so_and_is_left_alone(world: Path, capsys: pytest.Ca
     assert log.read_bytes() == before and (world / "run" / "checkpoints" / "CURRENT").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_half_written_is_removed(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     (tmp_path / "run" / "best" / ".policy.safetensors.tmp-1").write_bytes(b"half")
@@ -49,6 +52,7 @@ def test_what_a_kill_left_half_written_is_removed(world: Path, tmp_path: Path) -
     assert not list((tmp_path / "run").rglob(".*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_another_recipe_does_not_continue_a_run_unless_it_is_told_to(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--modality", "diffusion", *settings(world, world / "run", *SHORT, "train.lr=1e-2", "seed=4")]
     kept = (world / "run" / "recipe.yaml").read_bytes()
@@ -62,6 +66,7 @@ def test_another_recipe_does_not_continue_a_run_unless_it_is_told_to(world: Path
     (world / "run" / "recipe.yaml").write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_wrong_is_corrected_in_the_same_folder(
     tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -74,9 +79,16 @@ def test_a_recipe_that_was_wrong_is_corrected_in_the_same_folder(
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["reference"]["kind"] == "start"
 
 
+@pytest.mark.slow
 def test_the_same_recipe_finds_its_own_folder(world: Path) -> None:
     one, same, other = (launch._default_folder(load(world, Path("x"), *more)) for more in ((), ("seed=0",), ("seed=1",)))
     assert one == same != other and one.startswith("runs/diffusion-")
+
+
+def test_the_verifier_of_a_world_takes_no_options_of_another_judge() -> None:
+    spec = recipes.load(None, ["judge.path=x", "judge.options.allow_download=true"], "text").recipe
+    modality = SimpleNamespace(embedded_judge="sums", is_embedded=True)
+    assert launch.make_judge(spec, modality, torch.device("cpu")) is not None
 
 
 def test_a_tracker_that_is_not_installed_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:

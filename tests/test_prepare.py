@@ -17,7 +17,7 @@ from mmpo.datasets.formats.candidates import write_candidates
 from mmpo.datasets.formats.mmpo import write_mmpo
 from mmpo.datasets.ledger import BadField
 from mmpo.datasets.load import kinds_of
-from mmpo.datasets.pairing import Candidate
+from mmpo.datasets.pairing import Candidate, digest
 from mmpo.datasets.validate import validate
 from mmpo.errors import DataError
 from mmpo.judging import JudgeResult
@@ -86,6 +86,19 @@ def test_pairs_of_one_group_are_on_one_side_of_the_split(tmp_path: Path) -> None
     assert 8 < len(sides[1]) < 30
     assert not {p.caption for p in data.train} & {p.caption for p in data.heldout}
     assert {p[0].data for p in data.select + data.test} <= {p.caption for p in data.heldout}
+
+
+def test_questions_asked_in_two_ways_are_on_one_side_of_the_split(tmp_path: Path) -> None:
+    """As `annotate` writes them: plain, and with the values that the answer shall have, in the group of the plain question."""
+    made = []
+    for i in range(60):
+        plain, told = text(f"question {i}"), text(f"question {i}, helpfulness 4")
+        group = digest(plain)
+        made += [Pair(f"{i}-{k}", (ask,), (text("yes"),), (text("no"),), group=group) for k, ask in enumerate((plain, told))]
+    write_mmpo(made, tmp_path / "pairs")
+    data = prepare(recipe(tmp_path / "pairs", "text", heldout=0.3), "", None)
+    sides = [{p.group for p in part} for part in (data.train, data.heldout)]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_a_run_names_the_row_that_is_of_another_modality(path: Path) -> None:
@@ -214,7 +227,7 @@ def test_shifted_pairs_have_an_account_a_quarantine_and_a_manifest(tmp_path: Pat
     assert capsys.readouterr().out.count("6 rows = 5 used + 0 skipped + 1 refused") == 2
     for name, file in (("a", "quarantine.jsonl"), ("b", "quarantine_shifted.jsonl")):
         assert json.loads((tmp_path / file).read_text())["where"] == f"{name}.jsonl:line 6"
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000000").mkdir(parents=True)
     rows("b.jsonl", first="three")
     with pytest.raises(DataError, match=r"started with: eval.shifted: pair \d .* another chosen.*--allow-drift data"):
         start()

@@ -104,6 +104,7 @@ def again(world: Path, run: Path, *more: str) -> int:
     return cli.main(["train", "--modality", "diffusion", *settings(world, run, *SHORT), *more])
 
 
+@pytest.mark.slow
 def test_training_into_the_folder_of_the_recipe_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +116,7 @@ def test_training_into_the_folder_of_the_recipe_is_refused(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_checkpoints_keeps_its_recipe(
     world: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +127,50 @@ def test_a_finished_run_without_its_checkpoints_keeps_its_recipe(
     assert again(world, run) == 0 and "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew_over_its_best_weights(
+    world: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    before = {name: (run / name).read_bytes() for name in ("log.jsonl", "best/policy.safetensors")}
+    assert again(world, run) == 1 and "no checkpoint to go on from" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
+def test_a_first_save_that_failed_leaves_the_recipe_to_be_corrected(world: Path, run: Path) -> None:
+    put(run, "checkpoints/.step-000000.tmp-71/policy.safetensors")
+    shutil.rmtree(run / "best")
+    (run / "summary.json").unlink()
+    for path in (run / "checkpoints").iterdir():
+        if not path.name.startswith("."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not runfolder.begun(run)
+    drift.claim_recipe(run, load(world, run, *SHORT, "train.lr=0.5"))
+    assert "lr: 0.5" in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("command", [["export"], ["sample", "--prompt", "x", "--out", "samples"], ["eval"]])
+def test_a_folder_that_is_no_run_is_not_made_one_by_what_reads_runs(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock left there would let the next `mmpo train out=.` replace what it holds."""
+    monkeypatch.chdir(tmp_path)
+    before = tree(put(tmp_path, "recipe.yaml", "log.jsonl"))
+    assert cli.main([command[0], ".", *command[1:]]) != 0
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_recipe_that_could_not_be_read_back_is_not_begun_with(tmp_path: Path, world: Path) -> None:
+    many = "model.lora.targets=[" + ", ".join(f"layer{i}" for i in range(900)) + "]"
+    with pytest.raises(RecipeError, match="recipe.yaml, with all defaults.*too many values"):
+        drift.claim_recipe(tmp_path, load(world, tmp_path, many))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_a_run_without_its_recipe_goes_on_only_when_told_to(world: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "summary.json").unlink()
     (run / "recipe.yaml").unlink()
@@ -135,6 +181,7 @@ def test_a_run_without_its_recipe_goes_on_only_when_told_to(world: Path, run: Pa
     assert (run / "recipe.yaml").exists() and '"key": "recipe.yaml"' in (run / "inputs.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
@@ -161,6 +208,7 @@ def test_a_damaged_file_is_named_with_its_damage_and_what_to_do(
     assert told.startswith(f"mmpo: {run / name}: damaged (") and said in told and ("put it back" in told or "remove it" in told)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_a_file_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.jsonl").write_text("{}")
     assert again(world, tmp_path / "new", f"data.cache={tmp_path / 'p.jsonl'}") == 2

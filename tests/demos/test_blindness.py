@@ -211,6 +211,7 @@ def test_a_sound_of_any_format_is_sent_without_its_tags(format: str) -> None:
         ("mp4", "libx264", "aac", "mp4"), ("mp4", "libx265", "", "mp4"), ("mp4", "mpeg4", "", "mp4"),
         ("mov", "libx264", "aac", "mp4"), ("mp4", "libsvtav1", "", "mp4"), ("webm", "libvpx", "libopus", "webm"),
         ("webm", "libvpx-vp9", "", "webm"), ("webm", "libsvtav1", "", "webm"), ("matroska", "libx264", "aac", "mp4"),
+        ("matroska", "libvpx-vp9", "aac", "mp4"), ("matroska", "libvpx-vp9", "libopus", "webm"),
     ],
 )  # fmt: skip
 def test_videos_keep_their_streams_and_no_names(container: str, codec: str, sound: str, kind: str) -> None:

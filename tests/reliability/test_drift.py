@@ -16,6 +16,7 @@ from mmpo.errors import RecipeError
 from tests.reliability.counters import counter
 from tests.tiny_run import load, make_world, settings
 
+pytestmark = pytest.mark.slow
 SHORT = ("train.steps=2", "train.save_every=1", "eval.every=2")
 CHANGES = (
     "seed=7", "model.resolution=64", "model.sample_steps=3", "model.guidance=2", "model.lora.rank=2", "model.adapter=full",
@@ -45,7 +46,6 @@ def files(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != "run.lock"}
 
 
-@pytest.mark.slow
 def test_every_changed_setting_is_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     began, before = time.monotonic(), files(world / "run")
     for change in CHANGES:
@@ -78,7 +78,6 @@ def test_another_version_of_mmpo_is_named(world: Path, tmp_path: Path, capsys: p
     counter("T12", "another version of mmpo", 1, "refused, named", time.monotonic() - began)
 
 
-@pytest.mark.slow
 def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its folder, and a file that one of its options names."""
     began, head, folder = time.monotonic(), tmp_path / "head.bin", tmp_path / "judge"
@@ -107,7 +106,6 @@ def test_a_changed_judge_is_named(world: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.slow
 def test_changed_weights_are_named(world: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
     began, file, name = time.monotonic(), world / "pipe" / part, PARTS[part]
     whole = file.read_bytes()

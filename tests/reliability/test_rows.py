@@ -311,7 +311,7 @@ def killed_and_resumed(path: Path, folder: Path) -> int:
         os.waitpid(child, 0)
         left = contents(run)
         assert all(left[name] == whole[name] for name in left)  # whole or not there
-        (run / "checkpoints").mkdir()
+        (run / "checkpoints" / "step-000000").mkdir(parents=True)
         prepare.keep_account(run, prepare.prepare(spec, "", None))
         assert contents(run) == whole
     return KILLS
@@ -446,7 +446,7 @@ def test_a_changed_row_or_media_byte_is_named_on_resume(tmp_path: Path, capsys: 
     start()  # nothing is lost yet: no checkpoint
     put(lines)
     start()
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-000000").mkdir(parents=True)
     start()
     whole = contents(run)
     capsys.readouterr()
@@ -524,7 +524,7 @@ def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(root: Path, tmp_p
     rows[5] = ({**rows[5][0], "caption": None}, DAMAGES["key missing"])
     write("jsonl", Table(rows), path)
     folder = tmp_path / "run"
-    (folder / "checkpoints" if begun else folder).mkdir(parents=True)
+    (folder / "checkpoints" / "step-000000" if begun else folder).mkdir(parents=True)
     with pytest.raises(DataError, match="data.bad_budget allows"), prepare.refusal_accounted(folder):
         prepare.prepare(recipe(path, on_bad="quarantine", bad_budget=0.0), "", None)
     if begun:
@@ -534,3 +534,17 @@ def test_a_refused_dataset_leaves_its_account_and_its_bad_rows(root: Path, tmp_p
         assert (counts["rows"], sum(counts["refused"].values())) == (20, 1)
         (kept,) = (folder / "quarantine.jsonl").read_text().splitlines()
         assert json.loads(kept)["where"].endswith("line 6")
+
+
+def test_bad_rows_of_another_distribution_are_not_put_on_the_training_data(root: Path, tmp_path: Path) -> None:
+    good, shifted = root / "good.jsonl", root / "shifted.jsonl"
+    rows: list[tuple[Row, Damage | None]] = [(sound(n), None) for n in range(20)]
+    write("jsonl", Table(rows), good)
+    rows[5] = ({**rows[5][0], "caption": None}, DAMAGES["key missing"])
+    write("jsonl", Table(rows), shifted)
+    data = {"path": str(good), "heldout": 0.1, "on_bad": "quarantine", "bad_budget": 0.01}
+    spec = Recipe.model_validate({"data": data, "eval": {"shifted": str(shifted)}})
+    with pytest.raises(DataError, match=r"(?s)data.bad_budget allows 1.000%.*shifted.jsonl:line 6"), prepare.refusal_accounted(tmp_path):
+        prepare.prepare(spec, "", None)
+    assert json.loads((tmp_path / "ledger.json").read_text())["shifted"]["rows"] == 20
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.json", "quarantine_shifted.jsonl"]
