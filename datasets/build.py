@@ -3,7 +3,7 @@
 The source is read in parts of 32 records; each part goes through the builder's stages, on this process or on Ray's workers,
 and is stored when it is done. At the end the parts become one table, and build.json says how it was made, of which data, and
 what became of every row of the source and every record of the builder. A folder counts as made already only where all of that
-is as it was: the settings, the code, the files of the models, the source and the tables.
+is as it was: the settings, the code, the files of the models, the source, the tables and their media.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from tqdm import tqdm
 from mmpo import __version__, find, network
 from mmpo.checkpoint import write_atomic
 from mmpo.datasets.builder_options import ROOM, ToolChoice, as_json, check_options, module_of, options_of
-from mmpo.datasets.fingerprints import code_of, files_of
+from mmpo.datasets.fingerprints import code_of, files_of, found_at
 from mmpo.datasets.ledger import Ledger, Policy
 from mmpo.datasets.media_store import MediaStore
 from mmpo.datasets.ray_executor import Made, Part, RayExecutor
-from mmpo.datasets.shards import FOLDER, Shards, inputs_digest
+from mmpo.datasets.shards import Shards, inputs_digest
 from mmpo.datasets.sources import records
 from mmpo.datasets.stages import Record, Stage, execute
 from mmpo.datasets.tables import kind_of, parquet_files
 from mmpo.datasets.tools import Tools
-from mmpo.errors import RecipeError
+from mmpo.errors import DataError, RecipeError
 from mmpo.lock import RunLock
 from mmpo.pair import Pair
 
 PART = 32  # records of the source
 STORY = "build.json"
+NAMED = 8  # media in a message
 
 
 @dataclass(frozen=True)
@@ -127,43 +128,57 @@ def build(order: Order) -> dict[str, Any]:
     """Make the pairs of an order in the folder `order.out`, or what is missing of them; returns what build.json says.
 
     Raises RecipeError for an unknown builder, option or tool and for a folder that holds something else, DataError for a
-    source that cannot be read and, with on_bad "refuse", at its first bad row.
+    source that cannot be read, or that changes while a builder that reads it twice does so, and, with on_bad "refuse", at its
+    first bad row.
     """
     options = options_of(order.builder, order.options)
     module = module_of(order.builder)
     order.tools.check(order.builder, module.NEEDS, getattr(module, "ASPECTS", ()))
     check_options(order.builder, options, order.tools)
-    settings = _settings(order, options)
-    if (story := _finished(order, settings)) is not None:
+    settings, shards = _settings(order, options), Shards(order.out)
+    if not shards.folder.exists() and (story := _finished(order, settings, shards)) is not None:
         return story
-    shards = Shards(order.out)
     if order.out.exists() and not shards.folder.exists() and any(order.out.iterdir()):
         raise RecipeError(f"--out {order.out}: expected a new or an empty folder, found one that holds something else")
     with RunLock(shards.folder):
-        _take(shards, settings)
-        maker = Maker(order.builder, options, order.tools, order.seed)
-        seen = _prepare(order, maker)
-        ledger = Ledger(order.on_bad)
-        count, source = _make_parts(order, maker, shards, ledger, seen)
-        made, tables = Ledger("skip"), getattr(module, "TABLES", ("pairs",))
-        select = partial(module.selection, **options) if hasattr(module, "selection") else None
-        pairs = shards.merge(count, made, tables, select)
-        story = settings | {"pairs": pairs, "source": ledger.counts(), "records": made.counts()}
-        story["sha256"] = {"source": source} | {name: digest for t in tables for name, digest in _table(order.out, t).items()}
-        story["examples"] = {"source": dict(ledger.examples), "records": dict(made.examples)}
-        if ledger.quarantined:
-            write_atomic(order.out / "quarantine.jsonl", ledger.quarantine())
-        write_atomic(order.out / STORY, (json.dumps(story, indent=1, ensure_ascii=False) + "\n").encode())
-    shutil.rmtree(shards.folder)
+        # It may be finished all the same: not tidied up, or by another process meanwhile.
+        story = _finished(order, settings, shards) or _made(order, options, settings, shards)
+        shards.close(_tables(story))
     return story
+
+
+def _made(order: Order, options: Mapping[str, Any], settings: Mapping[str, Any], shards: Shards) -> dict[str, Any]:
+    """Make what is missing of an order's parts and, of all of them, its tables and build.json; returns what that says."""
+    _take(shards, settings)
+    module, maker = module_of(order.builder), Maker(order.builder, options, order.tools, order.seed)
+    seen = _prepare(order, maker)
+    ledger = Ledger(order.on_bad)
+    count, source = _make_parts(order, maker, shards, ledger, seen)
+    if seen is not None and seen.digest != source:
+        raise DataError(f"{order.data}: changed while it was read; the same command begins anew")
+    made, tables = Ledger("skip"), getattr(module, "TABLES", ("pairs",))
+    select = partial(module.selection, **options) if hasattr(module, "selection") else None
+    pairs = shards.merge(count, made, tables, select)
+    story = {**settings, "pairs": pairs, "source": ledger.counts(), "records": made.counts()}
+    story["sha256"] = {"source": source} | {name: digest for t in tables for name, digest in _table(order.out, t).items()}
+    story["examples"] = {"source": dict(ledger.examples), "records": dict(made.examples)}
+    if ledger.quarantined:
+        write_atomic(order.out / "quarantine.jsonl", ledger.quarantine())
+    write_atomic(order.out / STORY, (json.dumps(story, indent=1, ensure_ascii=False) + "\n").encode())
+    return story
+
+
+def modules_of(order: Order) -> list[str]:
+    """The modules that pairs are made and written by."""
+    return [module_of(order.builder).__name__, *order.tools.modules(), "mmpo.datasets.shards"]
 
 
 def _settings(order: Order, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the pairs depend on, as JSON: not where they are written, nor by how many workers."""
     module = module_of(order.builder)
-    code = code_of([module.__name__, *order.tools.modules()])
+    code = code_of(modules_of(order))
     files = order.tools.files()
-    files |= {name: files_of(Path(options[name])) for name in getattr(module, "FOLDERS", ()) if options[name] is not None}
+    files |= {n: files_of(found_at(str(options[n]))) for n in getattr(module, "FOLDERS", ()) if options[n] is not None}
     settings = {
         "builder": order.builder, "options": as_json(options), "seed": order.seed, "tools": order.tools.told(),
         "data": str(order.data), "format": order.format, "root": None if order.root is None else str(order.root),
@@ -172,22 +187,26 @@ def _settings(order: Order, options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(settings)))
 
 
-def _finished(order: Order, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _finished(order: Order, settings: Mapping[str, Any], shards: Shards) -> dict[str, Any] | None:
     """What build.json says, and "made" when, if the folder holds the pairs that are asked for, of the source as it is now.
 
     Raises RecipeError where it holds others, or not what was written there.
     """
     out, note = order.out, order.out / STORY
-    if not note.is_file() or (out / FOLDER).exists():
+    if not note.is_file() or shards.settings.is_file():
         return None
     story: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
     _same(out, {name: story.get(name) for name in settings}, settings)
     was: dict[str, str] = story["sha256"]
     differ = [
         f"{name} is {'not what was written there' if _table(out, Path(name).stem) else 'gone'}"
-        for name, digest in was.items()
-        if name != "source" and _table(out, Path(name).stem).get(name) != digest
+        for name in _tables(story)
+        if _table(out, Path(name).stem).get(name) != was[name]
     ]
+    if not differ:  # tables that are whole say which media there have to be
+        differ = shards.lost(_tables(story))
+    if (more := len(differ) - NAMED) > 0:
+        differ[NAMED:] = [f"{more} more media are gone or changed"]
     ledger = Ledger(order.on_bad)
     source = _source(order, ledger)
     for _ in tqdm(source, desc="compare", unit="record"):
@@ -199,6 +218,11 @@ def _finished(order: Order, settings: Mapping[str, Any]) -> dict[str, Any] | Non
     return story | {"made": f"{datetime.fromtimestamp(note.stat().st_mtime):%Y-%m-%d %H:%M}"}
 
 
+def _tables(story: Mapping[str, Any]) -> list[str]:
+    """The names of the tables that a finished build has written."""
+    return [name for name in story["sha256"] if name != "source"]
+
+
 def _table(out: Path, table: str) -> dict[str, str]:
     """The file of a table with its sha256; nothing where it is not there."""
     return files_of(out / f"{table}.parquet")
@@ -206,10 +230,11 @@ def _table(out: Path, table: str) -> dict[str, str]:
 
 def _take(shards: Shards, settings: Mapping[str, Any]) -> None:
     """Begin a build, or go on with the one that was begun with the same settings."""
-    note = shards.folder / "settings.json"
-    if note.is_file() and any(shards.folder.glob("0*.json")):  # before the first part is there, nothing can be mixed
-        _same(shards.out, json.loads(note.read_text(encoding="utf-8")), settings)
-    write_atomic(note, json.dumps(settings).encode())
+    if not shards.settings.is_file():
+        shards.drop()  # nobody knows what order such parts are of
+    elif any(shards.folder.glob("0*.json")):  # before the first part is there, nothing can be mixed
+        _same(shards.out, json.loads(shards.settings.read_text(encoding="utf-8")), settings)
+    write_atomic(shards.settings, json.dumps(settings).encode())
     for rest in (*shards.out.glob("media/.*.tmp-*"), *shards.folder.glob(".*.tmp-*")):
         rest.unlink()  # of a process that was killed while it wrote
 
@@ -237,9 +262,12 @@ def _prepare(order: Order, maker: Maker) -> _Source | None:
     if prepare is None:
         return None
     root = order.root or (order.data if order.data.is_dir() else order.data.parent)
-    store = MediaStore(order.out / FOLDER / "source", root)
+    store = MediaStore(Shards(order.out).folder / "source", root)
+    shutil.rmtree(store.folder, ignore_errors=True)  # names in it may lead to what the source was before
     seen = _source(order, Ledger(order.on_bad))
     maker.pool = prepare(tqdm(seen, desc="read", unit="record"), maker.tools, media=store, seed=order.seed, **maker.options)
+    for _ in seen:  # a builder may have had enough; its parts are held to the whole source all the same
+        pass
     return seen
 
 
@@ -270,7 +298,7 @@ def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, seen
     seen: what the builder saw beforehand. Its pairs depend on all of that, so that a part is made anew where any of it changed.
     """
     executor = RayExecutor(order.workers) if order.executor == "ray" else LocalExecutor()
-    total, pool = (row_count(order.data), "") if seen is None else (seen.count, seen.digest)
+    total, pool = (_total(order), "") if seen is None else (seen.count, seen.digest)
     sizes: list[int] = []
     source = _source(order, ledger)
     with tqdm(total=total, desc=order.builder, unit="record") as bar:
@@ -292,8 +320,14 @@ def _make_parts(order: Order, maker: Maker, shards: Shards, ledger: Ledger, seen
     return len(sizes), source.digest
 
 
+def _total(order: Order) -> int | None:
+    """About how many records there will be, for the time that is left; None where that would take reading the source."""
+    rows = row_count(order.data)
+    return rows if rows is None or order.limit is None else min(rows, order.limit)
+
+
 def row_count(path: Path) -> int | None:
-    """About how many rows a source has, for the time that is left; None where that would take reading it."""
+    """About how many rows a source has; None where that would take reading it."""
     kind = kind_of(path)
     if kind == "parquet":
         return sum(pq.ParquetFile(part).metadata.num_rows for part in parquet_files(path))
@@ -306,7 +340,8 @@ def row_count(path: Path) -> int | None:
 def lines(story: Mapping[str, Any]) -> list[str]:
     """What became of every row and record, to print."""
     source, made = story["source"], story["records"]
-    found = [f"already made on {story['made']}: same settings, code, models, source and tables"] if "made" in story else []
+    same = "same settings, code, models, source, tables and media"
+    found = [f"already made on {story['made']}: {same}"] if "made" in story else []
     found += [f"source: {_sum(source)}", *_reasons(source, story["examples"]["source"])]
     return [*found, f"{story['builder']}: {_sum(made)}, {story['pairs']} pairs", *_reasons(made, story["examples"]["records"])]
 

@@ -17,7 +17,7 @@ from mmpo import yaml_source
 from mmpo.datasets.fingerprints import ROOT, files_of, hub_folder
 from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
-from mmpo.find import find, model_config, names, nearest
+from mmpo.find import find, model_config, names, nearest, require_allowed
 from mmpo.packaged import PREFIX, resolve
 from mmpo.recipe import problems_of
 from mmpo.schema import Section
@@ -157,8 +157,8 @@ class ToolChoice:
         named = [("judges", self.judge), *(("datasets.embedders", spec) for spec in (self.image_embedder, self.text_embedder))]
         found = ["mmpo.modalities.vlm_generate"] if self.generator and not _is_plugin(self.generator) else []
         for room, spec in (("", self.generator), *named):
-            name = (spec or "").partition("=")[0]
-            if spec and _is_plugin(spec):
+            name, _ = _parts(spec or "")
+            if _is_plugin(name):
                 found.append(name.partition(":")[0])
             elif room and name in names(room):
                 found.append(f"mmpo.{room}.{name}")
@@ -167,10 +167,14 @@ class ToolChoice:
         return [*found, "mmpo.datasets.judge_tools"] if self.judge else found
 
     def files(self) -> dict[str, dict[str, str]]:
-        """sha256 of every file of the models, by tool; nothing for a model of the hub that may be downloaded later on."""
+        """sha256 of every file of the models, and of chat templates given beside them, by tool.
+
+        Nothing for a model of the hub that may be downloaded later on.
+        """
         told, judges = _read(self.settings, "--set")[0], _read(self.judge_settings, "--judge-set")[0]
         paths = {
             "generator": _place(self.generator, hub=not told.get("allow_download")), "lora": _lora(told),
+            "chat_template": _template(told), "judge_chat_template": _template(judges),
             "judge": None if self.judge == "generator" else _place(self.judge, "judges", not judges.get("allow_download")),
             "judge_lora": _lora(judges),
             "image_embedder": _place(self.image_embedder, "datasets.embedders"),
@@ -179,9 +183,10 @@ class ToolChoice:
         return {name: files_of(path) for name, path in paths.items() if path is not None}
 
     def check(self, builder: str, needs: Iterable[str], aspects: Iterable[str] = ()) -> None:
-        """Raises RecipeError for needs that are not met, each with the option that meets it.
+        """Raises RecipeError for needs that are not met, each with the option that meets it, and for what `models` refuses.
 
-        aspects: what the builder asks a judge about, beside whole answers, which is all that those of mmpo/judges score.
+        So it does for a plugin whose module was not allowed; nothing of it is imported. aspects: what the builder asks a judge
+        about, beside whole answers, which is all that those of mmpo/judges score.
         """
         if wrong := set(needs) - {f.name for f in fields(Tools)}:
             raise RecipeError(f"{builder}: NEEDS names no tool: {', '.join(sorted(wrong))}")
@@ -190,8 +195,11 @@ class ToolChoice:
         }
         if missing:
             raise RecipeError([f"{builder}: needs --{option}" for option in sorted(missing)])
+        for spec in filter(None, (self.generator, self.judge, self.image_embedder, self.text_embedder)):
+            if _is_plugin(spec):
+                require_allowed(_parts(spec)[0], self.plugins)
         self.models()
-        if aspects and self.judge and not _is_plugin(self.judge) and self.judge.partition("=")[0] in names("judges"):
+        if aspects and self.judge and _parts(self.judge)[0] in names("judges"):
             asked = ", ".join(sorted(aspects))
             raise RecipeError(
                 f"{builder}: --judge {self.judge} scores whole answers, and this builder asks for {asked}; give the directory "
@@ -199,9 +207,14 @@ class ToolChoice:
             )
 
     def models(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How generator and judge are loaded. Raises RecipeError with every setting that they do not have."""
+        """How generator and judge are loaded.
+
+        Raises RecipeError with every setting that they do not have, and for a judge that is to be a generator that is missing.
+        """
         judge = self.judge or ""
-        is_folder = judge != "generator" and judge.partition("=")[0] not in names("judges")
+        if judge == "generator" and self.generator is None:
+            raise RecipeError("--judge generator: there is no --generator")
+        is_folder = judge != "generator" and _parts(judge)[0] not in names("judges")
         settings, wrong = _settings("--set", self.settings, "--generator", self.generator)
         of_judge, more = _settings("--judge-set", self.judge_settings, "--judge", judge, is_folder)
         if wrong or more:
@@ -253,8 +266,8 @@ def _lora(settings: Mapping[str, Any]) -> Path | None:
 
 def _place(spec: str | None, room: str = "", hub: bool = False) -> Path | None:
     """The file or folder of a tool's weights; None where it has none of its own, or none is here. hub: look there, too."""
-    name, _, path = (spec or "").partition("=")
-    named = spec and (_is_plugin(spec) or (room and name in names(room)))
+    name, path = _parts(spec or "")
+    named = _is_plugin(name) or (room and name in names(room))
     place = path if named else spec
     if not place:
         return None
@@ -262,8 +275,22 @@ def _place(spec: str | None, room: str = "", hub: bool = False) -> Path | None:
     return hub_folder(place) if hub and not found.exists() else found
 
 
+def _template(settings: Mapping[str, Any]) -> Path | None:
+    """The file of a chat template, where settings name one."""
+    path = settings.get("chat_template")
+    return Path(path) if isinstance(path, str) else None
+
+
+def _parts(spec: str) -> tuple[str, str]:
+    """NAME and PATH of NAME=PATH; of a NAME alone, or a directory, no PATH."""
+    name, _, path = spec.partition("=")
+    return name, path
+
+
 def _is_plugin(spec: str) -> bool:
-    return ":" in spec and not spec.startswith(PREFIX)
+    """Whether NAME is somebody else's `module:function`; a ":" in PATH, as in sentence=asset:minilm, says nothing."""
+    name, _ = _parts(spec)
+    return ":" in name and not name.startswith(PREFIX)
 
 
 def _generator(spec: str, device: str, settings: Mapping[str, Any] | None = None) -> Any:
@@ -294,18 +321,16 @@ def _judges(spec: str, generator: Any, device: str, settings: Mapping[str, Any])
     if _is_plugin(spec):
         judge = _named("", spec, device)
         return judge, judge
-    if spec.partition("=")[0] in names("judges"):
+    if _parts(spec)[0] in names("judges"):
         judge = _named("judges", spec, device)
         return judge_pairs(judge), judge_points(judge)
-    if spec == "generator" and generator is None:
-        raise RecipeError("--judge generator: there is no --generator")
     model = generator if spec == "generator" else _generator(spec, device, settings)
     return ModelPairs(model), ModelPoints(model)
 
 
 def _named(room: str, spec: str, device: str) -> Any:
     """What the function NAME of a room, or of a plugin, returns for NAME=PATH."""
-    name, _, path = spec.partition("=")
+    name, path = _parts(spec)
     return find(room, name)(Path(path) if path else None, device)
 
 

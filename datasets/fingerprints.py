@@ -1,7 +1,8 @@
 """What pairs are made by, as digests: code and files, so that one build never holds the work of two models.
 
 A path says where a model was, not which one: weights are trained anew in the same folder, and code is edited between two
-commands. Both are told by their content, so that the same model in a copied folder is the same.
+commands. So a build is held to their content, beside the words in which the model was named: a copy under another path is given
+another folder of pairs.
 """
 
 from __future__ import annotations
@@ -19,19 +20,25 @@ ROOT = Path(mmpo.__file__).parent
 
 
 def code_of(modules: Iterable[str]) -> str:
-    """sha256 of the sources of modules and of all of mmpo that they import, directly or through others.
+    """sha256 of all sources that modules are made of, as `sources_of` finds them."""
+    h = hashlib.sha256()
+    for name, digest in sorted(sources_of(modules).items()):
+        h.update(f"{name}\0".encode() + digest)
+    return h.hexdigest()
 
-    modules: names, e.g. "mmpo.datasets.builders.collage", or those of plugins, of whose imports only mmpo's are followed.
+
+def sources_of(modules: Iterable[str]) -> dict[str, bytes]:
+    """The sha256 of each source, by module: of modules and of all of mmpo that they import, directly or through others.
+
+    modules: names, e.g. "mmpo.datasets.builders.collage", or those of plugins, of whose imports only mmpo's are followed; the
+    packages that a plugin is in are imported.
     """
     waiting, found = list(modules), dict[str, bytes]()
     while waiting:
         if (name := waiting.pop()) not in found and (path := _path(name)) is not None:
             found[name], imported = _read(path)
             waiting += imported
-    h = hashlib.sha256()
-    for name, digest in sorted(found.items()):
-        h.update(f"{name}\0".encode() + digest)
-    return h.hexdigest()
+    return found
 
 
 def files_of(path: Path) -> dict[str, str]:
@@ -45,16 +52,22 @@ def files_of(path: Path) -> dict[str, str]:
     return {at.as_posix(): _sha256(p) for at, p in places.items() if not any(part.startswith(".") for part in at.parts)}
 
 
+def found_at(path: str) -> Path:
+    """A local file or folder, or else where the hub's cache has something of that name; where neither is, the path."""
+    place = Path(path)
+    return place if place.exists() else hub_folder(path) or place
+
+
 def hub_folder(name: str) -> Path | None:
-    """Where a model of the hub is kept on this machine; None where it is not, or `name` is none of the hub's."""
+    """Where a model or tokenizer of the hub is kept on this machine; None where it is not, or `name` is none of the hub's."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json")
+        found = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer_config.json", "tokenizer.json")]
     except HFValidationError:
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,8 @@ from mmpo.datasets.ledger import BadField, Row
 MAX_DEPTH = 64  # of nested lists and objects in a row
 TOKENS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 BLANK = re.compile(r"[ \t\r\n]*")
+# Says where a value ends, also of one that `parsed` finds to be bad: a number too long for Python, a tab inside of a string.
+ENDS = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
 
 
 def parsed(raw: bytes, name: str = "(line)") -> Row | BadField:
@@ -61,7 +63,7 @@ def _expected(sign: str, text: str, at: int) -> int:
 def _end(text: str, at: int) -> int:
     """Where a value ends. One that is too deep for the parser is passed over by its brackets."""
     try:
-        return json.JSONDecoder().raw_decode(text, at)[1]
+        return ENDS.raw_decode(text, at)[1]
     except RecursionError:
         level = 0
         for token in TOKENS.finditer(text, at):

@@ -57,7 +57,7 @@ class Ledger:
 
     on_bad: "refuse" raises DataError at the first bad row; "skip" counts it and goes on; "quarantine" also keeps it, as one
     JSON object with its location, reason, problem and content in `quarantined`.
-    notes: what happened inside used rows (e.g. "tied pair dropped"); they are no rows and not part of the sum.
+    notes: what happened inside rows that are not bad (e.g. "tied pair dropped"); they are no rows and not part of the sum.
     problems: one line per bad row, `file:row N field 'x': expected ..., found ...`, the first 1,000 of them.
     remarks: the same for fields of other rows with which something is odd, and why: rows that are skipped for them, and used
     ones.
@@ -102,6 +102,11 @@ class Ledger:
     def _remark(self, where: str, name: str, reason: str) -> None:
         if len(self.remarks) < MAX_PROBLEMS:
             self.remarks.append(f"{where} field '{name}': {reason}")
+
+    def forget(self, notes: Counter[str], remarks: int) -> None:
+        """Take back what was noted of a row that turned out to be bad: go back to these notes and so many remarks."""
+        self.notes = notes
+        del self.remarks[remarks:]
 
     def refuse(self, where: str, problem: BadField, row: Row | None = None) -> None:
         """Count a bad row. Raises DataError when on_bad is "refuse"."""
@@ -174,7 +179,7 @@ def import_rows(
     """
     places: dict[str, str] = {}
     for where, row in rows:
-        ledger._here = where
+        ledger._here, noted, remarks = where, Counter(ledger.notes), len(ledger.remarks)
         try:
             if isinstance(row, BadField):
                 raise row
@@ -187,6 +192,7 @@ def import_rows(
         except Skip as reason:
             ledger.skip(where, str(reason), reason.name)
         except BadField as problem:
+            ledger.forget(noted, remarks)
             ledger.refuse(where, problem, None if isinstance(row, BadField) else row)
         else:
             ledger.used += 1

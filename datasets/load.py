@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from mmpo.datasets import tables
 from mmpo.datasets.ledger import BadField, Ledger, Policy
 from mmpo.datasets.pairing import Candidate, by_prompt, pair_up
 from mmpo.datasets.tables import columns_of, kind_of
@@ -45,6 +46,15 @@ def separator_of(columns: frozenset[str]) -> str | None:
 def holds_candidates(format: str) -> bool:
     """Whether a format's rows are answers to be paired by their scores. Raises RecipeError when there is no such format."""
     return getattr(importlib.import_module(find(ROOM, format).__module__), "CANDIDATES", False)
+
+
+def files_told(path: str | Path, format: str) -> list[str]:
+    """What a format reads of a folder of parquet files, and what it leaves out, to print; nothing of any other path.
+
+    A format that reads one file of its folder alone says under TABLE how that is called.
+    """
+    module = importlib.import_module(find(ROOM, format).__module__)
+    return tables.files_told(Path(path), getattr(module, "TABLE", None))
 
 
 def rows(

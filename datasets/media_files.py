@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -125,10 +126,7 @@ class MediaFiles:
 
     def prune(self) -> None:
         """Take away files of media/ that an earlier table left there and this one does not name."""
-        wanted = set(self.names.values())
-        for path in self.root.glob(f"{FOLDER}/*"):
-            if NAME.fullmatch(name := f"{FOLDER}/{path.name}") and name not in wanted:
-                path.unlink()
+        prune(self.root, set(self.names.values()))
 
     def __enter__(self) -> MediaFiles:
         return self
@@ -141,3 +139,10 @@ class MediaFiles:
         folder = self.root / FOLDER
         if self._added and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def prune(root: Path, wanted: AbstractSet[str]) -> None:
+    """Take away media of `root`/media, files called by their sha256, whose names are not wanted."""
+    for path in root.glob(f"{FOLDER}/*"):
+        if NAME.fullmatch(name := f"{FOLDER}/{path.name}") and name not in wanted:
+            path.unlink()

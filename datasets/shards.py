@@ -1,6 +1,7 @@
 """Finished parts of a build on disk, so that a build that was killed goes on where it was.
 
-.building/settings.json     what was asked for; the parts of one build are never mixed with those of another
+.building/settings.json     what was asked for; the parts of one build are never mixed with those of another. Gone first
+                            when the build is finished
 .building/000012.table      the pairs of one part, as rows of the format `mmpo`
 .building/000012.json       written last: digests of what went in and of the table, and what became of each record
 """
@@ -11,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ import pyarrow.parquet as pq
 from mmpo.datasets.formats.mmpo import SCHEMA, row_of
 from mmpo.datasets.ledger import EXAMPLES, Ledger
 from mmpo.datasets.media_files import FOLDER as MEDIA
-from mmpo.datasets.media_files import NAME, MediaFiles
+from mmpo.datasets.media_files import NAME, MediaFiles, prune
 from mmpo.datasets.stages import Record
 from mmpo.datasets.tables import parquet_rows, sync, write_parquet
 from mmpo.pair import Block, Pair
@@ -59,6 +61,10 @@ class Shards:
     @property
     def folder(self) -> Path:
         return self.out / FOLDER
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "settings.json"
 
     def holds(self, number: int, inputs: str) -> bool:
         """Whether a part is there, whole to the byte with all its media, and of these inputs."""
@@ -113,6 +119,31 @@ class Shards:
                 (self.out / f"{table}.parquet").unlink()
         return total
 
+    def media(self, tables: Iterable[str]) -> set[str]:
+        """The names of all media of tables, which are called by the names of their files."""
+        columns = ("prompt", "chosen", "rejected", "branches")
+        rows = (row for table in tables for _, row in parquet_rows(self.out / table, columns))
+        return {name for row in rows for name in _media_of(row)}
+
+    def lost(self, tables: Iterable[str]) -> list[str]:
+        """What is wrong with media of tables: a line for each that is gone or has not the content that it is named after."""
+        wrong = [name for name in sorted(self.media(tables)) if not self._whole(name)]
+        return [f"{name} is {'not what was written there' if (self.out / name).is_file() else 'gone'}" for name in wrong]
+
+    def drop(self) -> None:
+        """Forget all parts."""
+        for path in self.folder.glob("[0-9]*"):
+            path.unlink()
+
+    def close(self, tables: Iterable[str]) -> None:
+        """Take away the parts, and media that no table names, such as those of a part that was made anew.
+
+        The settings go first: without them the folder is a finished one, wherever the rest of this is interrupted.
+        """
+        self.settings.unlink(missing_ok=True)
+        prune(self.out, self.media(tables))
+        shutil.rmtree(self.folder)
+
     def _rows(self, count: int, ledger: Ledger) -> Iterator[Any]:
         seen: set[bytes] = set()
         for number in range(count):
@@ -153,6 +184,13 @@ def _sides(row: Mapping[str, Any]) -> tuple[str, str]:
     """The words of a row's two sides."""
     chosen, rejected = (" ".join(block["text"] or "" for block in row[side] or ()) for side in ("chosen", "rejected"))
     return chosen, rejected
+
+
+def _media_of(row: Any) -> Iterator[str]:
+    """The names of the media in a row's sides and branches."""
+    branches = (blocks for _, branch in row["branches"] or () for blocks in branch.values())
+    for blocks in (row["prompt"], row["chosen"], row["rejected"], *branches):
+        yield from (block["media"] for block in blocks or () if block["media"])
 
 
 def _table_of(row: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ What only the finished pairs together can tell (RLAIF-V's balance of lengths) is
 
 which sees the words of both sides of every pair and returns what tells of one pair why it is left out, or None. A builder with
 `TABLES` makes a table of each kind of rows it names; a Pair's meta says under "table" which one it goes into. `FOLDERS` names
-the options that are paths of files which the pairs depend on, such as a tokenizer's.
+the options that are paths of files which the pairs depend on, such as a tokenizer's, or names of what the hub's cache has.
 
 Whatever is random in a stage comes from the generator it is given, which depends on (seed, stage, record id) and nothing
 else: neither order nor batches nor workers change a pair.

@@ -35,6 +35,7 @@ SAMPLE = 100  # rows that tell a table's columns: the first alone may be a damag
 NAMED = 8  # files of a folder in a message
 SPLITS = {name: name for name in ("train", "test", "validation", "dev", "eval")}
 SPLITS |= {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "evaluation": "eval"}
+UNNAMED = "unnamed"  # the split of a file whose name says none: most of them are to be trained on
 Located = tuple[str, Row | BadField]
 
 csv.field_size_limit(MAX_LINE)  # the library's own limit is 128 KiB, for the whole process
@@ -149,13 +150,14 @@ def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[Locate
 def parquet_files(path: Path) -> list[Path]:
     """The file itself, or all *.parquet of a folder and its sub-folders, sorted, without those that are hidden.
 
-    Raises DataError where names of several splits stand side by side: read as one, they are training on the test split.
+    Raises DataError where names of several splits stand side by side, or one that is not to be trained on beside a file of no
+    named split: read as one, they are training on the test split.
     """
     if path.is_file():
         return [path]
     found = _parquets(path, hidden=False)
-    splits = {split: part for part in reversed(found) if (split := _split(part.relative_to(path)))}
-    if len(splits) > 1:
+    splits = {_split(part.relative_to(path)) or UNNAMED: part for part in reversed(found)}
+    if len(splits) > 1 and splits.keys() != {"train", UNNAMED}:
         named = ", ".join(f"{split} ({splits[split].relative_to(path).as_posix()})" for split in sorted(splits))
         raise DataError(f"{path}: parquet files of {len(splits)} splits: {named}; name one file, or a folder of one split")
     return found
@@ -173,12 +175,18 @@ def _split(name: Path) -> str | None:
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def files_told(path: Path) -> list[str]:
-    """What is read of a folder of parquet, and what is not, to print; nothing of any other path."""
+def files_told(path: Path, table: str | None = None) -> list[str]:
+    """What is read of a folder of parquet, and what is not, to print; nothing of any other path.
+
+    table: the one file that is read, by its name, where the others are tables of their own.
+    """
     if not path.is_dir() or not (found := parquet_files(path)):
         return []
-    told = [f"{path}: reads {len(found)} parquet file{'s' * (len(found) > 1)}: {_listed(found, path)}"]
+    own = None if table is None else path / table
+    read, others = [part for part in found if own in (None, part)], [part for part in found if own not in (None, part)]
     hidden = _parquets(path, hidden=True)
+    told = [f"{path}: reads {len(read)} parquet file{'s' * (len(read) != 1)}: {_listed(read, path) or 'none'}"]
+    told += [f"{path}: leaves out {len(others)} with tables of their own: {_listed(others, path)}"] if others else []
     return told + ([f"{path}: leaves out {len(hidden)} with a hidden name: {_listed(hidden, path)}"] if hidden else [])
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmpo.datasets.ledger import Ledger
-from mmpo.datasets.load import detect, ledger_for, rows
+from mmpo.datasets.load import detect, files_told, ledger_for, rows
 from mmpo.datasets.pairing import digest
-from mmpo.datasets.tables import files_told
 from mmpo.errors import DataError
 
 
@@ -56,8 +55,8 @@ def validate(
     report = Report(str(path), format, ledger_for(modality, "skip"))
     prompts: set[str] = set()
     try:
-        report.files = files_told(Path(path))
         report.format = format or detect(path)
+        report.files = files_told(path, report.format)
         for item in rows(path, report.ledger, format=report.format, root=root):
             report.pairs += 1
             prompts.add(digest(*item.prompt))

@@ -99,12 +99,21 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _plugin(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    if module not in PLUGINS:
+def require_allowed(name: str, also: Iterable[str] = ()) -> None:
+    """Raises RecipeError, as `find` does, for `module:function` of a module that was not allowed; imports nothing.
+
+    also: further modules that are allowed.
+    """
+    module = name.partition(":")[0]
+    if module not in {*PLUGINS, *also}:
         raise RecipeError(
             f"'{name}' is code outside mmpo, and a recipe alone never imports code: allow it with --plugin {module}"
         )
+
+
+def _plugin(name: str) -> Any:
+    require_allowed(name)
+    module, _, attribute = name.partition(":")
     found = getattr(importlib.import_module(module), attribute, None)
     if found is None:
         raise RecipeError(f"the plugin {module} has no '{attribute}'")

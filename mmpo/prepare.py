@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from typing import Any
 from mmpo import runfolder
 from mmpo.checkpoint import write_atomic
 from mmpo.datasets.ledger import Ledger, OverBudget
-from mmpo.datasets.load import detect, holds_candidates, load, load_candidates
+from mmpo.datasets.load import detect, files_told, holds_candidates, load, load_candidates
 from mmpo.datasets.pairing import Candidate, by_prompt, digest, pair_up
-from mmpo.datasets.tables import files_told
 from mmpo.errors import DataError
 from mmpo.judging import Judge
 from mmpo.pair import Block, Pair
@@ -62,7 +61,8 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     groups goes with the first of them by name.
     """
     spec, path = recipe.data, _located(recipe.data.path, embedded)
-    pairs, asked, ledger, dropped = _read(recipe, path, judge, spec.limit)
+    format = spec.format or detect(path)
+    pairs, asked, ledger, dropped = _read(recipe, path, format, judge, spec.limit)
     out = _held_out(pairs, asked, spec.heldout)
     train = [p for p in pairs if digest(*p.prompt) not in out]
     heldout = sorted((p for p in pairs if digest(*p.prompt) in out), key=lambda p: _hash(p.id))
@@ -72,10 +72,10 @@ def prepare(recipe: Recipe, embedded: str, judge: Judge | None) -> Prepared:
     kept_out = {_question(prompt): prompt for prompt in asked if digest(*prompt) in out}
     prompts = sorted(kept_out.items(), key=lambda item: _hash(item[0]))
     middle = min(recipe.eval.prompts, (len(prompts) + 1) // 2)
-    account = {"source": path, "rows": str(ledger), "dropped": dropped, "pairs": len(pairs), "heldout": len(heldout)}
-    shifted, shifted_ledger = _shifted(recipe, judge)
-    if shifted_ledger is not None:
-        account["shifted"] = {"source": recipe.eval.shifted, "rows": str(shifted_ledger), "pairs": len(shifted)}
+    account: dict[str, Any] = {"source": path, "format": format, "rows": str(ledger), "dropped": dropped}
+    account |= {"pairs": len(pairs), "heldout": len(heldout)}
+    shifted, shifted_ledger, told = _shifted(recipe, judge)
+    account |= {"shifted": told} if told else {}
     return Prepared(
         train,
         heldout[: recipe.eval.pairs],
@@ -104,16 +104,15 @@ def _located(path: str | None, embedded: str) -> str:
 
 
 def _read(
-    recipe: Recipe, path: str, judge: Judge | None, limit: int | None
+    recipe: Recipe, path: str, format: str, judge: Judge | None, limit: int | None
 ) -> tuple[list[Pair], list[Prompt], Ledger, dict[str, int]]:
     """The pairs of a file, the prompts it asks, the ledger of its rows, and what pairing dropped."""
     spec = recipe.data
-    format = spec.format if path != recipe.eval.shifted else None
     policy: dict[str, Any] = {
         "root": spec.root, "aspect": spec.aspect, "on_bad": spec.on_bad, "bad_budget": spec.bad_budget,
         "modality": recipe.modality,
     }  # fmt: skip
-    if holds_candidates(format := format or detect(path)):
+    if holds_candidates(format):
         groups, ledger = load_candidates(path, format=format, limit=limit, **policy)
         pairs, dropped = pair_candidates(recipe, [c for group in groups.values() for c in group], judge)
         return pairs, [group[0].prompt for group in groups.values()], ledger, dropped
@@ -121,12 +120,13 @@ def _read(
     return pairs, [p.prompt for p in pairs], ledger, {}
 
 
-def _shifted(recipe: Recipe, judge: Judge | None) -> tuple[list[Pair], Ledger | None]:
-    """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content; and the ledger of all its rows."""
-    if recipe.eval.shifted is None:
-        return [], None
+def _shifted(recipe: Recipe, judge: Judge | None) -> tuple[list[Pair], Ledger | None, dict[str, Any]]:
+    """Pairs of eval.shifted, as many as are measured, drawn by a hash of their content; ledger and account of all its rows."""
+    if (path := recipe.eval.shifted) is None:
+        return [], None, {}
+    format = detect(path)
     try:
-        found, _, ledger, dropped = _read(recipe, recipe.eval.shifted, judge, None)
+        found, _, ledger, dropped = _read(recipe, path, format, judge, None)
     except OverBudget as error:
         error.shifted = True  # an account of its own: the rows to train on are not to blame
         raise
@@ -135,8 +135,9 @@ def _shifted(recipe: Recipe, judge: Judge | None) -> tuple[list[Pair], Ledger | 
     if len(pairs) < len(found):
         ledger.notes["rows with one answer (not measured)"] += len(found) - len(pairs)
     if not pairs:
-        raise DataError(f"eval.shifted {recipe.eval.shifted}: no pairs of two answers\n{ledger}")
-    return sorted(pairs, key=lambda p: _hash(p.id))[: recipe.eval.pairs], ledger
+        raise DataError(f"eval.shifted {path}: no pairs of two answers\n{ledger}")
+    measured = sorted(pairs, key=lambda p: _hash(p.id))[: recipe.eval.pairs]
+    return measured, ledger, {"source": path, "format": format, "rows": str(ledger), "pairs": len(measured)}
 
 
 def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) -> None:
@@ -151,11 +152,11 @@ def keep_account(folder: Path, data: Prepared, allow_drift: Sequence[str] = ()) 
         print(f"{path} is missing: whether the data is that of the run's start cannot be told")
     new["drift"] = _settled(folder, _read_manifest(path) if begun and path.exists() else new, new, data, allow_drift)
     counts = data.ledger.counts()
-    _tell(data.account["source"], data.ledger)
+    _tell(data.account, data.ledger)
     _keep_bad(folder / "quarantine.jsonl", data.ledger)
     if data.shifted_ledger is not None:
         print("eval.shifted, which is only measured:")
-        _tell(data.account["shifted"]["source"], data.shifted_ledger)
+        _tell(data.account["shifted"], data.shifted_ledger)
         counts["shifted"] = data.shifted_ledger.counts()
     _keep_bad(folder / "quarantine_shifted.jsonl", data.shifted_ledger)
     write_atomic(folder / "ledger.json", (json.dumps(counts, indent=1) + "\n").encode())
@@ -198,8 +199,8 @@ def _settled(
     return [*old["drift"], {**note, "changes": changes}]
 
 
-def _tell(source: str, ledger: Ledger) -> None:
-    print("\n".join([*files_told(Path(source)), str(ledger)]))
+def _tell(account: Mapping[str, Any], ledger: Ledger) -> None:
+    print("\n".join([*files_told(account["source"], account["format"]), str(ledger)]))
 
 
 def _keep_bad(path: Path, ledger: Ledger | None) -> None:

@@ -51,11 +51,11 @@ def segments(
     """Pairs with spans of what differs, from rows that have two sides.
 
     preset: whose gamma; segment_weight: another one. units: what is aligned: words and signs, characters (for writing without
-    blanks), or the tokens of the `tokenizer` in a local folder; None: tokens where there is a tokenizer, words otherwise.
-    Preset code needs one of the two said, as the code aligns token ids. min_block: runs of equal units shorter than this are
-    taken for a part of the change around them. count_insert_delete: what was only inserted or deleted weighs gamma too, which
-    the code does not do. Raises ValueError for a weight that is no finite number >= 0, for min_block < 1, for tokens without a
-    tokenizer, or the reverse, and for a folder that holds none.
+    blanks), or the tokens of the `tokenizer` in a local folder or in the hub's cache; None: tokens where there is a tokenizer,
+    words otherwise. Preset code needs one of the two said, as the code aligns token ids. min_block: runs of equal units shorter
+    than this are taken for a part of the change around them. count_insert_delete: what was only inserted or deleted weighs
+    gamma too, which the code does not do. Raises ValueError for a weight that is no finite number >= 0, for min_block < 1, for
+    tokens without a tokenizer, or the reverse, and for a folder that holds none.
     """
     weight = GAMMA[preset] if segment_weight is None else segment_weight
     Span(0, 1, weight)  # refuses what no span can weigh

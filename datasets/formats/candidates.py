@@ -1,4 +1,4 @@
-"""Several answers to each prompt (parquet, JSON lines or CSV), to be paired by their scores: prompt, answer, score, seed.
+"""Several answers to each prompt (parquet, JSON, JSON lines or CSV), to be paired by their scores: prompt, answer, score, seed.
 
 The answer is in the column image or in the column response, as text. A prompt is text, or a list of messages. The images of
 a prompt of text, in the column images, stand where it says <image>.

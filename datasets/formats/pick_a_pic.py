@@ -1,4 +1,4 @@
-"""Pick-a-Pic v1/v2 (parquet, or JSON lines and CSV with paths): a caption, two images, and the label of each.
+"""Pick-a-Pic v1/v2 (parquet, or JSON, JSON lines and CSV with paths): a caption, two images, and the label of each.
 
 A label is 1 (won), 0 (lost) or 0.5 (tied). Labels in between are soft: the probability that this image is the better one.
 SmPO's rescored copy adds the PickScore of both images (ps_score_0, ps_score_1: cosines, plain or as lists of one); the soft

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmpo import prepare
 from mmpo.datasets.builders.annotate import METRICS, TABLES, annotate, score, whole, with_grades
 from mmpo.datasets.ledger import Ledger
 from mmpo.datasets.load import pairs
 from mmpo.datasets.tools import Tools
+from mmpo.datasets.validate import validate
 from mmpo.pair import Pair, image, text
+from mmpo.schema import Recipe
 from tests.datasets.judged import Grades, Says, built, merged, record, told, words
 
 GRADES = {  # helpfulness, correctness, coherence, complexity, verbosity
@@ -114,7 +117,7 @@ def without_table(pair: Pair) -> Pair:
     return replace(pair, meta={k: v for k, v in pair.meta.items() if k != "table"})
 
 
-def test_each_kind_has_a_table_of_its_own(tmp_path: Path) -> None:
+def test_each_kind_has_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a build of all three: pairs.parquet is what the folder's name loads, the others load by theirs."""
     other = record("s", "near", "best", question="And what is here?")
     found, _ = built(annotate(Tools(point_judge=judge()), rows="all"), record("r", "best", "fair"), other)
@@ -124,6 +127,15 @@ def test_each_kind_has_a_table_of_its_own(tmp_path: Path) -> None:
         "": ["best"], "best.parquet": ["best", "best"], "steer.parquet": ["best", "fair", "near", "best"],
     }  # fmt: skip
     assert told(read[""][0].rejected) == "fair" and all(p.rejected == () for p in read["best.parquet"])
+    said = [
+        f"{tmp_path}: reads 1 parquet file: pairs.parquet",
+        f"{tmp_path}: leaves out 2 with tables of their own: best.parquet, steer.parquet",
+    ]
+    assert validate(tmp_path).files == said and validate(tmp_path / "best.parquet").files == []
+    spec = Recipe.model_validate({"modality": "vlm", "data": {"path": str(tmp_path), "heldout": 0}})
+    (tmp_path / "run").mkdir()
+    prepare.keep_account(tmp_path / "run", prepare.prepare(spec, "", None))
+    assert capsys.readouterr().out.splitlines()[:2] == said
 
 
 def test_tables_without_rows_are_not_written(tmp_path: Path) -> None:

@@ -226,10 +226,13 @@ def test_a_judges_directory_is_loaded_with_its_own_settings(monkeypatch: pytest.
     assert loaded == {"G": {"dtype": "bf16"}, "J": {"quantize": "4bit", "batch_size": 2}}
 
 
-@pytest.mark.parametrize("word", ["dtype=bf16", "batch_size=16"])
-def test_settings_in_the_guide_and_the_help_are_taken(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    ToolChoice("DIR", settings=(word,)).check("x", set())
-    assert f"`{word}`" in (ROOT / "docs" / "pairs.md").read_text(encoding="utf-8")
+def test_settings_in_the_guide_and_the_help_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pairs", "--help"]) == cli.OK
+    helped = re.findall(r"generator, e\.g\.\s+(\w+=\w+)", capsys.readouterr().out)
+    guide = (ROOT / "docs" / "pairs.md").read_text(encoding="utf-8")
+    told = re.findall(r"`(\w+=\w+)`", next(line for line in guide.splitlines() if line.startswith("| `--set ")))
+    assert helped == ["dtype=bf16"] and told == ["dtype=bf16", "batch_size=16"]
+    ToolChoice("DIR", settings=(*helped, *told)).check("x", set())
 
 
 @pytest.mark.parametrize("home", ["benchmarks.photo_pairs:Looking", "mmpo.modalities.vlm_generate:Answers"])

@@ -197,6 +197,14 @@ def test_splits_side_by_side_are_refused_and_hidden_files_left_out(tmp_path: Pat
             load(tmp_path)
         assert len(load(path)[0]) == 1
         path.unlink()
+    for name in ("train_sft-00000-of-00002", "train_sft-00001-of-00002"):
+        (data / f"{name}.parquet").rename(data / f"pairs-{name[-14:]}.parquet")
+    assert len(load(tmp_path)[0]) == 2
+    pq.write_table(table, data / "train.parquet")
+    assert len(load(tmp_path)[0]) == 3, "what names no split is taken for training data"
+    (data / "train.parquet").rename(data / "pairs_test.parquet")
+    with pytest.raises(DataError, match=r"2 splits: test \(data/pairs_test.parquet\), unnamed \(data/pairs-00000-of-00002"):
+        load(tmp_path)
 
 
 def photo_pairs(photos: dict[str, np.ndarray]) -> list[Pair]:

@@ -30,7 +30,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from mmpo import cli, media, prepare
 from mmpo.datasets import json_rows, tables
 from mmpo.datasets.formats.candidates import write_candidates
-from mmpo.datasets.ledger import BadField, Ledger
+from mmpo.datasets.ledger import BadField, Ledger, Skip, import_rows
 from mmpo.datasets.load import load, load_candidates
 from mmpo.datasets.pairing import Candidate
 from mmpo.datasets.validate import validate
@@ -411,6 +411,28 @@ def test_items_of_a_list_are_read_one_by_one(tmp_path: Path) -> None:
     assert found == [{"a": "]}"}, "nested too deep", "repeated key", "not an object", "not an object", {}]
     (tmp_path / "a.json").write_text("[ ]\n")
     assert list(tables.json_rows(tmp_path / "a.json")) == []
+    rows = ['{"a": 1}', '{"a": -%s}' % ("9" * 5000), '{"a": "x\ty"}', '{"a": 1.%s}' % ("9" * 5000), '{"a": 2}']
+    for name, written in (("a.json", f"[{','.join(rows)}]"), ("a.jsonl", "\n".join(rows))):
+        (tmp_path / name).write_text(written)
+        found = [row.reason if isinstance(row, BadField) else row["a"] for _, row in tables.rows_of(tmp_path / name)]
+        assert found == [1, "bad JSON", "bad JSON", 2.0, 2], name
+
+
+def test_what_was_noted_of_a_bad_row_is_taken_back() -> None:
+    def parse(row: Any) -> list[Any]:
+        ledger.notes["odd"] += 1
+        ledger.remark("a", "strange")
+        if row["a"] is None:
+            raise Skip("nothing", "a")
+        return [row]
+
+    ledger = Ledger("skip")
+    rows: list[dict[str, Any]] = [{"id": 1, "a": 1}, {"id": 1, "a": 2}, {"id": 2, "a": None}]
+    ledger.notes["earlier"] = 1
+    assert list(import_rows([(f"f:row {i}", row) for i, row in enumerate(rows)], parse, ledger)) == rows[:1]
+    assert ledger.refused == {"duplicate id": 1} and ledger.skipped == {"nothing": 1}
+    assert ledger.notes == {"earlier": 1, "odd": 2, "strange": 2}, "of the used row and of the skipped one"
+    assert [remark.split(" field")[0] for remark in ledger.remarks] == ["f:row 0", "f:row 2", "f:row 2"]
 
 
 def test_a_string_full_of_brackets_is_not_deep_and_quotes_do_not_slow_it_down() -> None:
