@@ -566,7 +566,10 @@ def test_bad_rows_of_another_distribution_are_not_put_on_the_training_data(root:
     write("jsonl", Table(rows), shifted)
     data = {"path": str(good), "heldout": 0.1, "on_bad": "quarantine", "bad_budget": 0.01}
     spec = Recipe.model_validate({"data": data, "eval": {"shifted": str(shifted)}})
-    with pytest.raises(DataError, match=r"(?s)data.bad_budget allows 1.000%.*shifted.jsonl:line 6"), prepare.refusal_accounted(tmp_path):
+    with (
+        pytest.raises(DataError, match=r"(?s)data.bad_budget allows 1.000%.*shifted.jsonl:line 6"),
+        prepare.refusal_accounted(tmp_path),
+    ):
         prepare.prepare(spec, "", None)
     assert json.loads((tmp_path / "ledger.json").read_text())["shifted"]["rows"] == 20
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger.json", "quarantine_shifted.jsonl"]
