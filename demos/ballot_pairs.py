@@ -1,11 +1,12 @@
 """Votes become preference pairs, each with who voted, when, on what: a data set that `mmpo train` reads.
 
-Every vote that stands is a row of the ledger: used, or left out as a tie, as "both bad", or because its answer has changed
-since. Several voters on the same two answers give several pairs.
+Every vote that stands is a row of the ledger: used, or left out as a tie, as "both bad", or because an answer is gone or has
+changed since. Several voters on the same two answers give several pairs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -17,18 +18,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmpo.datasets.formats.mmpo import TABLE
 from mmpo.datasets.ledger import Ledger
+from mmpo.datasets.media_files import FOLDER
 from mmpo.datasets.pairing import digest, pair_id
 from mmpo.datasets.tables import sync
 from mmpo.demos.ballots import FILE, Ballot, about, opened, standing
 from mmpo.demos.pool import Entry, Pool, open_pool
 from mmpo.errors import DataError, RecipeError, RunFailed
 from mmpo.lock import RunBusy, RunLock
+from mmpo.media import ForbiddenPath
 from mmpo.pair import Pair
 
 Ties = Literal["drop", "soft"]
 NAMES = {"mmpo": "pairs", "trl": "pairs.trl.jsonl", "pick_a_pic": "pairs.pick_a_pic.parquet"}  # format: what it is called
-ASIDE = ".export"  # beside what is written: the lock of who writes there, and a new folder until it is whole
+ASIDE = ".export"  # the folder of the lock of who writes there, and of what is not whole yet
 BUSY = "another export is being written there; try again when it is done"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -66,32 +70,64 @@ def write(ballots: Iterable[Ballot], pool: Pool, to: str, out: Path, ties: Ties 
         raise RecipeError(f"--to {to}: expected one of {', '.join(NAMES)}")
     if ties not in get_args(Ties):
         raise RecipeError(f"--ties {ties}: expected one of {', '.join(get_args(Ties))}")
-    ledger, cast = Ledger(), list(ballots)  # which refuses what the format cannot hold
-    if not any(True for _ in pairs_of(cast, pool, ties, Ledger("skip"))):
-        raise DataError(f"no pairs to write: of {len(cast)} votes none prefers one answer to another; nothing was written")
+    ledger, cast, tried = Ledger(), list(ballots), Ledger("skip")  # the first refuses what the format cannot hold
+    if not any(True for _ in pairs_of(cast, pool, ties, tried)):
+        none = f"of {len(cast)} votes none prefers one answer that is still there to another"
+        raise DataError(f"no pairs to write: {none}; nothing was written\n{tried}")
     writer: Any = getattr(importlib.import_module(f"mmpo.datasets.formats.{to}"), f"write_{to}")
     out = Path(os.path.realpath(out))
     try:
-        lock = RunLock(out.parent / ASIDE)
+        lock = RunLock(_place(out, to == "mmpo") / ASIDE)
     except RunBusy as error:
         raise RunBusy(f"{out}: {BUSY}") from error
     with lock:
         return _whole(writer, pairs_of(cast, pool, ties, ledger), out, ledger, to == "mmpo"), ledger
 
 
+def _place(out: Path, folder: bool) -> Path:
+    """The folder that ASIDE is made in: beside what is written, or inside of a folder beside which nothing can be made."""
+    return out if folder and out.is_dir() and not os.access(out.parent, os.W_OK | os.X_OK) else out.parent
+
+
 def _whole(writer: Callable[..., int], pairs: Iterator[Pair], out: Path, ledger: Ledger, folder: bool) -> int:
-    """Files and tables are replaced as a whole by who writes them; a new folder is made aside and gets its name at the end."""
-    if not folder or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    """Files and tables are replaced as a whole by who writes them; a new folder is made aside and gets its name at the end.
+
+    An empty folder that is there stays, as it may be a mount point: it gets what was made inside of it, the table last.
+    """
+    there = out.is_dir()
+    made = (out if there else out.parent) / ASIDE / out.name
+    if not folder or (out.exists() and not (there and _vacant(out, made))):
         return writer(pairs, out, ledger)
-    made = out.parent / ASIDE / out.name
     shutil.rmtree(made, ignore_errors=True)  # of an export that was killed
     try:
         count = writer(pairs, made, ledger)
-        os.rename(made, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    except BaseException:
+        _clear(made)
+        raise
+    _fill(out, made) if there else os.rename(made, out)
+    sync(out if there else out.parent)
+    _clear(made)
     return count
+
+
+def _vacant(out: Path, made: Path) -> bool:
+    """Whether a folder holds nothing, but for what an export that was killed has left."""
+    return {path.name for path in out.iterdir()} <= {ASIDE, *([FOLDER] if made.is_dir() else [])}
+
+
+def _fill(out: Path, made: Path) -> None:
+    """Move a data set that was made inside of a folder to its place. Until the table is there, the folder holds no data set."""
+    if (made / FOLDER).is_dir():
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        os.rename(made / FOLDER, out / FOLDER)
+    os.rename(made / TABLE, out / TABLE)
+
+
+def _clear(made: Path) -> None:
+    """Remove what was made aside, and the folder of it where it holds no lock."""
+    shutil.rmtree(made, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        made.parent.rmdir()
 
 
 def told(place: str, to: str, ties: str, count: int, ledger: Ledger) -> str:
@@ -115,7 +151,11 @@ def pairs_of(ballots: Iterable[Ballot], pool: Pool, ties: Ties, ledger: Ledger) 
         elif ballot.choice == "tie" and ties == "drop":
             ledger.skip(ballot.comparison, "tie")
         else:
-            pair = _pair(ballot, *((right, left) if ballot.choice == "right" else (left, right)), seen)
+            try:
+                pair = _pair(ballot, *((right, left) if ballot.choice == "right" else (left, right)), seen)
+            except ForbiddenPath:  # its message names the file, and with it maybe the system
+                ledger.skip(ballot.comparison, "an answer that has changed since")
+                continue
             ledger.used += 1
             yield pair
 

@@ -244,12 +244,13 @@ class Ballots:
     def vote(self, voter: str, comparison: str, choice: str, nonce: Any) -> None:
         """Store a vote; when this returns it is on the disk. The same again, with its nonce, changes nothing.
 
-        Another vote on the same comparison, with a nonce of its own, takes the place of the first. Raises Refused.
+        Another vote on the same comparison, with a nonce of its own, takes the place of the first. Raises Refused, also for a
+        voter who has finished, unless the vote was stored before.
         """
         if choice not in CHOICES:
             raise Refused(400, f"choice: expected one of {', '.join(CHOICES)}")
         self.served(voter, _checked(nonce) and comparison)
-        if self.finished(voter):
+        if self.finished(voter) and self._stored(comparison, voter, nonce) is None:
             raise Refused(409, "this voter has finished and seen who was who; no more votes are taken")
         self._add(comparison, voter, nonce, choice)
 
@@ -270,13 +271,18 @@ class Ballots:
 
     def _add(self, comparison: str, voter: str, nonce: str, choice: str) -> None:
         with self._writing() as db:
-            known = "SELECT choice FROM votes WHERE comparison = ? AND voter = ? AND nonce = ?"
-            stored = db.execute(known, (comparison, voter, nonce)).fetchone()
+            stored = self._stored(comparison, voter, nonce)
             if stored is None:
                 row = (comparison, voter, nonce, choice, self._clock())
                 db.execute("INSERT INTO votes (comparison, voter, nonce, choice, time) VALUES (?, ?, ?, ?, ?)", row)
-            elif stored[0] != choice:
+            elif stored != choice:
                 raise Refused(409, "this nonce has been used for another choice")
+
+    def _stored(self, comparison: str, voter: str, nonce: str) -> str | None:
+        """The choice that was stored with this nonce."""
+        known = "SELECT choice FROM votes WHERE comparison = ? AND voter = ? AND nonce = ?"
+        found = self._db.execute(known, (comparison, voter, nonce)).fetchone()
+        return found and str(found[0])
 
     def finish(self, voter: str) -> None:
         """End the voting of this voter, who may then see who was who."""
@@ -334,9 +340,10 @@ def about(db: sqlite3.Connection) -> tuple[str, Mode]:
 
 
 def outcome(ballot: Ballot, pool: Pool, mode: Mode) -> Outcome | None:
-    """A vote as one of its two names over the other: by system and item, when labelling by entry and comparison.
+    """A vote as one of its two names over the other: by system and prompt, when labelling by entry and comparison.
 
-    None for an entry that is no longer in the pool, where a system has no name, and by system for two answers of one.
+    Answers to one prompt under several seeds are several items, but no independent ones. None for an entry that is no longer
+    in the pool, where a system has no name, and by system for two answers of one.
     """
     left, right = pool.by_id.get(ballot.left), pool.by_id.get(ballot.right)
     if left is None or right is None:
@@ -345,7 +352,8 @@ def outcome(ballot: Ballot, pool: Pool, mode: Mode) -> Outcome | None:
     if mode == "label":
         return Outcome(ballot.comparison, left.id, right.id, share)
     named = left.system and right.system and left.system != right.system
-    return Outcome(ballot.item, left.system, right.system, share) if named else None
+    unit = digest(*left.prompt) if left.prompt else ballot.item
+    return Outcome(unit, left.system, right.system, share) if named else None
 
 
 def opened(file: Path, readonly: bool = False) -> sqlite3.Connection:

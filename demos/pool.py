@@ -26,6 +26,7 @@ from mmpo.datasets.load import detect, holds_candidates, load_candidates
 from mmpo.datasets.tables import rows_of
 from mmpo.errors import DataError
 from mmpo.pair import Block, Kind, Role, text
+from mmpo.runfolder import of_sample
 
 Mode = Literal["vote", "label"]
 Prompt = tuple[Block, ...]
@@ -207,17 +208,18 @@ def entry_of(item: str, system: str, prompt: Prompt, block: Block, seed: int | N
 
 
 def run_entries(run: Path, ledger: Ledger) -> list[Entry]:
-    """The samples of a run: base and aligned on the same prompts and seeds."""
+    """The samples of a run: base and aligned on the same prompts and seeds.
+
+    One that summary.json says nothing of has its name as its prompt, and no seed.
+    """
     summary = _summary(run)
     samples, seeds = run / "samples", _listed(summary.get("seeds"))
     if (samples / "base.jsonl").is_file():
         return told_entries(samples, seeds, ledger)
     present = [side for side in SIDES if (samples / side).is_dir()]
     stems = sorted({PurePosixPath(name).stem for side in present for name in _names(samples, side)})
-    captions = summary.get("prompts") or []
-    by_stem = captions if isinstance(captions, Mapping) else dict(zip(stems, captions, strict=False))
-    seed_of = dict(zip(stems, seeds, strict=False))
-    prompts = {stem: ((text(str(by_stem.get(stem, stem))),), seed_of.get(stem)) for stem in stems}
+    captions = {stem: of_sample(summary.get("prompts") or [], stem) for stem in stems}
+    prompts = {stem: ((text(stem if said is None else str(said)),), of_sample(seeds, stem)) for stem, said in captions.items()}
     return folder_entries(samples, present, prompts, ledger)
 
 

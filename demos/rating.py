@@ -178,22 +178,24 @@ def _place(share: float, votes: int) -> float | None:
 
 
 def _bounds(outcomes: Sequence[Outcome], names: Sequence[str], seed: int, draws: int) -> list[Bounds]:
-    """A bootstrap's interval of each rating, no bounds where it cannot tell: where all draws are alike, and for a name that the
-    votes leave without a limit on one side, whose place is the ridge's alone."""
+    """A bootstrap's interval of each rating, no bounds where it cannot tell: where all draws are alike, and where the votes
+    hold no place but by the ridge."""
+    if not held(wins_of(outcomes, names)):
+        return [(None, None)] * len(names)
     low, high = np.percentile(_resampled(outcomes, names, seed, draws), [2.5, 97.5], axis=0)
-    told = held(wins_of(outcomes, names)) & (high - low > 1e-6)
-    return [(float(a), float(b)) if tell else (None, None) for a, b, tell in zip(low, high, told, strict=True)]
+    return [(float(a), float(b)) if b - a > 1e-6 else (None, None) for a, b in zip(low, high, strict=True)]
 
 
-def held(wins: Matrix) -> NDArray[np.bool_]:
-    """(S,): which names have beaten, themselves or along a chain, one that has beaten them; ties are wins of either.
+def held(wins: Matrix) -> bool:
+    """Whether every name has beaten every other, itself or along a chain of others; ties are wins of either.
 
-    Without the ridge the strengths of all others would be without bound. Ford 1957, American Mathematical Monthly 64.
+    Else some strengths would be without bound but for the ridge, and with them the mean that all places are counted from.
+    Ford 1957, American Mathematical Monthly 64.
     """
-    reach = (wins > 0).astype(np.float64)
+    reach = (wins > 0) | np.eye(len(wins), dtype=np.bool_)
     for _ in range(len(wins).bit_length()):  # chains of twice the length each time
-        reach = np.minimum(reach + reach @ reach, 1)
-    return np.diag(reach) > 0
+        reach = reach @ reach
+    return bool(reach.all())
 
 
 def _resampled(outcomes: Sequence[Outcome], names: Sequence[str], seed: int, draws: int) -> Matrix:

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -153,10 +154,18 @@ def private_folder(beside: Path) -> tuple[RunLock, Path]:
     """A new folder that only this user can open, and its lock; those of servers that died are removed first."""
     place = beside if os.access(beside, os.W_OK) else Path(tempfile.gettempdir())
     for left in place.glob(f"{_CACHE}*"):
-        with contextlib.suppress(RunBusy, OSError), RunLock(left):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(RunBusy, OSError):
+            if _is_own(left):  # a folder for all users may hold what others have made to be found here
+                with RunLock(left):
+                    shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=_CACHE, dir=place.resolve()))
     return RunLock(made), made
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether it is a folder of this user, and no link to one."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def serve(

@@ -49,7 +49,7 @@
 
   // Send one vote until it is acknowledged or refused, then show what is open.
   async function settle(vote) {
-    keep(vote);
+    keep(CHOICES.includes(vote.choice) ? vote : null); // not undo and finish, which need no comparison: another one may log in next
     const answer = await ask("/vote", vote);
     keep(null);
     let said = WORDS[vote.choice] ? `Stored: ${WORDS[vote.choice]}.` : "";
@@ -148,7 +148,7 @@
 
   function unbounded(told) {
     if (![...(told.systems || []), ...(told.items || []).flatMap((item) => item.answers)].some((row) => unknown(row.elo))) return [];
-    return [make("p", {}, "Elo stands without an interval where votes agree: they do not show how far off it may be.")];
+    return [make("p", {}, "Elo stands without an interval where the votes set no bound.")];
   }
 
   function systems(told) {

@@ -28,7 +28,7 @@ TIMEOUT = 300.0  # seconds of one request
 START_TIMEOUT = 900.0  # of loading models
 GRACE = 5.0  # between being asked to stop and being killed
 END = 2.0  # between being asked to end and being killed
-AWAY = 5.0  # after which one who waits, but does not look whether it is their turn, is passed by
+AWAY = 3 * GRACE  # after which one who waits, but does not look whether it is their turn, is passed by
 ENDS = 2  # processes in a row that end before they answer anything, until no other is started
 KINDS = ("waiting", "progress", "partial", "sample", "judged", "explained", "note", "done", "stopped", "failed")
 LAST = frozenset({"done", "stopped", "failed"})
@@ -62,11 +62,15 @@ class State:
 
 @dataclass(eq=False)
 class Place:
-    """One in the line of those who ask. seen: when they last looked. served: whether their request is being answered."""
+    """One in the line of those who ask. seen: when they last looked. served: whether their request is being answered.
+
+    asked: whether the process was asked, and has not given its last answer yet.
+    """
 
     owner: str
     seen: float
     served: bool = False
+    asked: bool = False
 
 
 class Worker:
@@ -89,6 +93,7 @@ class Worker:
         self._left: set[str] = set()  # who wants no answer any more
         self._began, self._stopping = 0.0, 0.0
         self._begun, self._ends = False, 0  # whether this process has begun to answer; ends in a row of those that had not
+        self._leaving: threading.Thread | None = None  # ends the request of somebody who has gone
 
     def start(self) -> None:
         """Start the process; returns at once, and `state` tells when it is ready."""
@@ -111,7 +116,7 @@ class Worker:
         """What becomes known of an answer of every system, seed by seed; the last event is done, stopped or failed.
 
         held: number of the held-out prompt that the words are of, or belong to. owner: who may `cancel` it. pictures: names of
-        files that stand before the words.
+        files that stand before the words. Closing it returns at once; the request is ended, and others are served after that.
         """
         self._left.discard(owner)
         place = Place(owner, time.monotonic())
@@ -130,11 +135,21 @@ class Worker:
                 yield Event("failed", value={"message": self.state.message or "The models are not running."})
                 return
             request = {"words": words, "seeds": list(seeds), "held": held, "steps": steps, "pictures": list(pictures)}
-            yield from self._answered(request, owner)
+            yield from self._answered(request, place)
         finally:
-            with self._turns:
-                self._line.remove(place)
-                self._turns.notify_all()
+            if place.asked and self.state.name != "closed":
+                # Whoever asked has gone, and this may be the thread that serves everybody.
+                leaving = threading.Thread(target=self._abandon, args=(place,), daemon=True)
+                leaving.start()
+                self._leaving = leaving
+            else:
+                self._leave(place)
+
+    def _leave(self, place: Place) -> None:
+        """Give up a place, so that the next one is served."""
+        with self._turns:
+            self._line.remove(place)
+            self._turns.notify_all()
 
     def _before(self, place: Place) -> int:
         """How many are answered before this one; 0 when its turn has come, which it then has. Waits a little for that."""
@@ -173,6 +188,8 @@ class Worker:
                 self._send({"do": "end"})
                 self._process.join(min(self.grace, END))
             self._kill()
+        if self._leaving is not None:  # not before others can hold what it may wait for
+            self._leaving.join(self.grace)
 
     # ---- one request
 
@@ -191,13 +208,14 @@ class Worker:
                 self._give_up(f"The models were not loaded within {START_TIMEOUT:.0f} s. Start the command again.")
             time.sleep(0.25)
 
-    def _answered(self, request: dict[str, Any], owner: str) -> Iterator[Event]:
+    def _answered(self, request: dict[str, Any], place: Place) -> Iterator[Event]:
         with self._change:
-            self._number, self._owner, self._events, self._stopping = self._number + 1, owner or "nobody", queue.Queue(), 0.0
+            self._number, self._owner, self._events = self._number + 1, place.owner or "nobody", queue.Queue()
+            self._stopping, place.asked = 0.0, True
             self._send(request | {"do": "sample", "id": self._number})
-        ended, late, deadline = False, False, time.monotonic() + self.timeout
+        late, deadline = False, time.monotonic() + self.timeout
         try:
-            while not ended:
+            while place.asked:
                 event = self._next()
                 if self._stopping and time.monotonic() > self._stopping and not (event and event.kind in LAST):
                     event = Event("stopped")
@@ -206,12 +224,10 @@ class Worker:
                     late = True
                     self._stop()
                 if event is not None:
-                    ended = event.kind in LAST
+                    place.asked = event.kind not in LAST
                     yield self._timed_out() if late and event.kind == "stopped" else event
         finally:
             self._owner = ""
-            if not ended:  # whoever asked has gone
-                self._abandon()
 
     def _stop(self) -> None:
         """Ask the process to stop what it does, and note when it is killed if it does not."""
@@ -219,23 +235,27 @@ class Worker:
         self._send({"do": "stop", "id": self._number})
 
     def _next(self) -> Event | None:
+        """What comes next, None while nothing does; after the end of everything that it has stopped."""
         try:
             return self._events.get(timeout=0.25)
         except queue.Empty:
-            return None
+            return Event("stopped") if self.state.name == "closed" else None
 
     def _timed_out(self) -> Event:
         told = f"This took longer than {self.timeout:.0f} s and was stopped. Fewer seeds or steps take less."
         return Event("failed", value={"message": told})
 
-    def _abandon(self) -> None:
-        """Stop the request, kindly at first."""
-        self._stop()
-        while time.monotonic() < self._stopping:
-            event = self._next()
-            if event is not None and event.kind in LAST:
-                return
-        self._again()
+    def _abandon(self, place: Place) -> None:
+        """Stop the request of somebody who has gone, kindly at first, and give up their place when the process is free."""
+        try:
+            self._stop()
+            while time.monotonic() < self._stopping:
+                event = self._next()
+                if event is not None and event.kind in LAST:
+                    return
+            self._again()
+        finally:
+            self._leave(place)
 
     # ---- the process
 

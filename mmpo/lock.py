@@ -8,6 +8,8 @@ import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
 
 class RunBusy(ValueError):
     """Another live process is writing to the same run folder."""
@@ -17,12 +19,13 @@ class RunLock:
     """The right to write to a run folder, held from construction until `release` or the end of this process.
 
     A kernel lock (flock) on `run.lock`: when the holder dies, however it dies, the lock is free. Inside the file: the
-    holder's pid, host and start of the lock. RunBusy when another holder is alive. Forked children do not share it.
+    holder's pid, host and start of the lock. RunBusy when another holder is alive, OSError where `run.lock` is a link, which
+    would lead to another file. Forked children do not share it.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._fd: int | None = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd: int | None = os.open(folder / "run.lock", FLAGS, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -111,7 +111,10 @@ class Modality(Protocol):
         """The lines of Python that load an export by that library, printed beneath it."""
 
     def write_samples(self, folder: Path, prompts: Sequence[tuple[Block, ...]], base: Samples, aligned: Samples) -> None:
-        """Files and one picture that a person can look at: base beside aligned."""
+        """Files and one picture that a person can look at: base beside aligned.
+
+        A file for each sample is called by its number, from 0 on: the prompt and the seed of a sample are found by it.
+        """
 
     def load_reference(self, path: str) -> nn.Module:
         """Another model of the same architecture, for reference.kind: path."""

@@ -21,6 +21,7 @@ import jinja2
 import yaml
 
 from mmpo.curves import Record, curves, is_number
+from mmpo.runfolder import number_of, of_sample
 
 GALLERY = 12  # picture pairs shown; the page says how many there are
 ANSWERS = 24  # and answers in words
@@ -257,16 +258,22 @@ def data_uri(path: Path) -> str:
 def picture_pairs(samples: Path, summary: Record) -> tuple[list[dict[str, str]], int]:
     """Base and aligned pictures of the same name, GALLERY of them with captions, and how many there are.
 
-    In the order of their names, but no prompt comes twice before every prompt has come once. Captions:
-    `summary["prompts"]`, in the order of the file names or by file stem; else the file stem.
+    In the order of their numbers, but no prompt comes twice before every prompt has come once. Captions: what
+    `summary["prompts"]` says of the number or the stem of a file; else the stem.
     """
-    names = sorted(p.name for p in (samples / "base").glob("*.png") if (samples / "aligned" / p.name).is_file())
-    prompts = summary.get("prompts") or []
-    by_stem = prompts if isinstance(prompts, Mapping) else dict(zip((Path(n).stem for n in names), prompts, strict=False))
-    captions = {name: str(by_stem.get(Path(name).stem, Path(name).stem)) for name in names}
+    found = [p.name for p in (samples / "base").glob("*.png") if (samples / "aligned" / p.name).is_file()]
+    names = sorted(found, key=_by_number)
+    told = {name: of_sample(summary.get("prompts") or [], Path(name).stem) for name in names}
+    captions = {name: Path(name).stem if said is None else str(said) for name, said in told.items()}
     shown = first_of_each(names, captions)[:GALLERY]
     sides = ("base", "aligned")
     return [{"prompt": captions[n]} | {side: data_uri(samples / side / n) for side in sides} for n in shown], len(names)
+
+
+def _by_number(name: str) -> tuple[float, str]:
+    """Where a picture stands among others: names that are no numbers come after those that are."""
+    number = number_of(Path(name).stem)
+    return math.inf if number is None else number, name
 
 
 def first_of_each(names: Sequence[Any], captions: Mapping[Any, str]) -> list[Any]:

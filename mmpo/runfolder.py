@@ -109,3 +109,19 @@ def read_yaml(path: Path, advice: str) -> dict[str, Any]:
         kind = "nothing" if not found else type(found).__name__
         raise RecipeError(f"{path}: damaged (expected a mapping of settings, found {kind}); {advice}")
     return found
+
+
+def of_sample(told: Any, stem: str) -> Any:
+    """What a summary says of the sample in a file: by its stem, or in a list by the number that the stem is; None for none.
+
+    Not by its place among the files there are: people delete some, and sorted as text 1000 comes before 101.
+    """
+    if isinstance(told, Mapping):
+        return told.get(stem)
+    place = number_of(stem)
+    return None if place is None or place >= len(told) else told[place]
+
+
+def number_of(stem: str) -> int | None:
+    """The number that a file is called by."""
+    return int(stem) if stem.isascii() and stem.isdigit() else None

@@ -62,3 +62,13 @@ def test_the_lock_of_a_killed_process_is_free_even_while_its_workers_live(tmp_pa
     os.kill(int(worker.read_text()), 0)  # the worker is alive
     with RunLock(tmp_path):
         os.kill(int(worker.read_text()), signal.SIGKILL)
+
+
+def test_a_link_is_no_lock(tmp_path: Path) -> None:
+    """What it leads to would be written over: somebody else may have put it into a folder that is open to all."""
+    (kept := tmp_path / "kept").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").symlink_to(kept)
+    with pytest.raises(OSError):
+        RunLock(tmp_path / "run")
+    assert kept.read_text() == "mine"

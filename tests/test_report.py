@@ -285,6 +285,18 @@ def test_other_prompts_come_before_other_seeds(tmp_path: Path) -> None:
     assert [item["prompt"] for item in shown] == ["two circles", "a cross", "two circles"] and count == 3
 
 
+def test_captions_are_those_of_the_numbers(tmp_path: Path) -> None:
+    """Of pictures of which one was deleted, and where as text 1000 comes before 101."""
+    for side in ("base", "aligned"):
+        (tmp_path / side).mkdir()
+        for place in (0, 2, 101, 1000):
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / side / f"{place:03d}.png")
+    shown, _ = picture_pairs(tmp_path, {"prompts": [f"prompt {i}" for i in range(1001)]})
+    assert [item["prompt"] for item in shown] == ["prompt 0", "prompt 2", "prompt 101", "prompt 1000"]
+    shown, _ = picture_pairs(tmp_path, {"prompts": {"002": "by its name"}})
+    assert [item["prompt"] for item in shown] == ["000", "by its name", "101", "1000"]
+
+
 def test_provenance_names_what_it_knows(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-1"
     checkpoint.mkdir()

@@ -74,6 +74,26 @@ def test_answers_that_are_gone_are_counted(tmp_path: Path) -> None:
     assert ledger.skipped == {"an answer that is no longer in the source": 8}
 
 
+def test_answers_that_have_changed_are_counted(tmp_path: Path) -> None:
+    """While the server runs, whose pool knows them as they were; also where none is left, and never with the name of a file."""
+    source = picture_folder(tmp_path / "samples")
+    pool = open_pool(source)
+    ballots = cast(tmp_path / "votes", pool)
+    changed = "an answer that has changed since"
+    (source / "aligned" / "000.png").write_bytes(b"another")
+    (source / "base" / "001.png").unlink()
+    used = [b for b in ballots.standing() if b.choice in ("left", "right")]
+    gone = sum(b.item in ("000", "001") for b in used)
+    pairs = list(pairs_of(ballots.standing(), pool, "drop", ledger := Ledger("skip")))
+    assert len(pairs) == len(used) - gone == ledger.used and ledger.skipped[changed] == gone and ledger.rows == 8
+    for file in (source / "aligned").iterdir():
+        file.write_bytes(b"another")
+    with pytest.raises(DataError, match=changed) as refused:
+        write(ballots.standing(), pool, "mmpo", tmp_path / "out")
+    assert "aligned" not in str(refused.value) and not (tmp_path / "out").exists()
+    ballots.close()
+
+
 @pytest.mark.parametrize("ties", ["drop", "soft"])
 @pytest.mark.parametrize("to", ["mmpo", "trl"])
 def test_text_is_read_back_with_equal_counts(tmp_path: Path, to: str, ties: Any) -> None:

@@ -167,6 +167,22 @@ def test_a_system_is_not_asked_against_itself(tmp_path: Path, monkeypatch: pytes
     again.close()
 
 
+def test_a_vote_that_is_sent_again_after_the_end_is_acknowledged(tmp_path: Path) -> None:
+    """As where its acknowledgement was lost, and another tab has finished meanwhile."""
+    ballots = opened(tmp_path)
+    served = ballots.serve("ann")
+    assert served is not None
+    ballots.vote("ann", served.id, "left", nonce(1))
+    ballots.finish("ann")
+    ballots.vote("ann", served.id, "left", nonce(1))
+    for choice, key in (("right", nonce(1)), ("left", nonce(2))):
+        with pytest.raises(Refused) as refusal:
+            ballots.vote("ann", served.id, choice, key)
+        assert refusal.value.status == 409
+    assert [b.choice for b in ballots.standing()] == ["left"]
+    ballots.close()
+
+
 # Labelling
 
 

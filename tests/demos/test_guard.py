@@ -386,6 +386,19 @@ def test_the_cache_is_closed_to_others_and_left_ones_are_removed(tmp_path: Path)
     other.release()
 
 
+def test_folders_of_others_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a link to a folder of ours, nor what another user has made, is written into or removed."""
+    (mine := tmp_path / "mine").mkdir()
+    (tmp_path / ".demo-cache-link").symlink_to(mine)
+    (theirs := tmp_path / ".demo-cache-theirs").mkdir()
+    with monkeypatch.context() as other:
+        other.setattr("mmpo.demos.site.os.getuid", lambda: theirs.stat().st_uid + 1)
+        private_folder(tmp_path)[0].release()
+    assert list(theirs.iterdir()) == []
+    private_folder(tmp_path)[0].release()
+    assert list(mine.iterdir()) == [] and not theirs.exists()
+
+
 def test_the_next_free_port_unless_one_was_asked_for() -> None:
     first = listening("127.0.0.1", None)
     second = listening("127.0.0.1", None)

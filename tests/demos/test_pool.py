@@ -160,6 +160,23 @@ def test_a_run_that_has_no_samples_yet(tmp_path: Path) -> None:
         open_pool(tmp_path)
 
 
+def test_a_sample_is_known_by_its_number(tmp_path: Path) -> None:
+    """Not by its place among the files that there are: one is gone, and as text 1000 comes before 101."""
+    for number in (0, 2, 101, 1000):
+        for k, side in enumerate(("base", "aligned")):
+            (tmp_path / "samples" / side).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "samples" / side / f"{number:03d}.png").write_bytes(media.encode(picture(2 * number + k)))
+    told = {"prompts": [f"prompt {i}" for i in range(1001)], "seeds": [7 * i for i in range(1001)]}
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    for entry in (pool := open_pool(tmp_path)).entries:
+        assert (entry.prompt, entry.seed) == ((text(f"prompt {int(entry.item)}"),), 7 * int(entry.item))
+    assert len(pool.matchups) == 4
+    (tmp_path / "summary.json").write_text(json.dumps({"prompts": ["a", "b"], "seeds": [1, 2]}))
+    assert [(e[0].prompt[0].data, e[0].seed) for e in open_pool(tmp_path).items.values()] == [
+        ("a", 1), ("002", None), ("1000", None), ("101", None)
+    ]  # fmt: skip
+
+
 # Datasets and folders to label
 
 

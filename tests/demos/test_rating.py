@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -127,22 +128,30 @@ def test_more_names_have_no_interval_where_votes_agree() -> None:
             assert (row.elo.low, row.elo.high) == (None, None) and row.win_rate.low < row.win_rate.high
 
 
-def test_more_names_have_an_interval_where_votes_differ() -> None:
-    """One name that has won everything has none; of the two that have beaten each other the draws can tell."""
+def test_more_names_have_intervals_where_all_are_held() -> None:
+    """b and c share four to four in both; without one win of theirs over a their places are its own less a constant."""
     outcomes = rounds(("a", "b", 1.0), ("a", "c", 1.0)) + [Outcome(str(i), "b", "c", float(i % 2)) for i in range(8)]
-    rows = {row.name: row.elo for row in ratings(outcomes, ["a", "b", "c"], draws=50)}
-    assert (rows["a"].low, rows["a"].high) == (None, None)
-    for name in "bc":
-        low, high = rows[name].low, rows[name].high
-        assert low is not None and high is not None and low < rows[name].value < high
+    for row in ratings(outcomes, ["a", "b", "c"], draws=50):
+        assert (row.elo.low, row.elo.high) == (None, None)
+    for row in ratings([*outcomes, Outcome("0", "c", "a", 1.0)], ["a", "b", "c"], draws=50):
+        assert row.elo.low is not None and row.elo.high is not None and row.elo.low < row.elo.value < row.elo.high
 
 
-def test_who_is_held_from_both_sides() -> None:
-    """b, c and d have beaten one another in a circle; a has beaten b alone, and e has lost to d alone."""
-    wins = np.zeros((5, 5))
-    for winner, loser in ("ab", "bc", "cd", "db", "de"):
-        wins["abcde".index(winner), "abcde".index(loser)] = 1
-    assert held(wins).tolist() == [False, True, True, True, False]
+def test_all_are_held_or_none() -> None:
+    """b, c and d have beaten one another in a circle, and a has beaten b: nothing says how far, until d beats a."""
+
+    def won(*games: str) -> np.ndarray:
+        names = sorted(set("".join(games)))
+        wins = np.zeros((len(names), len(names)))
+        for game in games:
+            wins[names.index(game[0]), names.index(game[1])] = 1
+        return wins
+
+    assert held(won("bc", "cd", "db")) and held(won("ab", "bc", "cd", "db", "da"))
+    assert not held(won("ab", "bc", "cd", "db")) and not held(won("bc", "cd", "db", "de"))
+    assert not held(won("ab", "ba", "cd", "dc")), "two circles that never met"
+    ring = [f"{a}{b}" for a, b in itertools.pairwise("abcdefghijk")]
+    assert held(won(*ring, "ka")) and not held(won(*ring))
 
 
 def test_win_rate_interval_is_over_units() -> None:

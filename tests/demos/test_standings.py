@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmpo.demos.ballots import Ballot
-from mmpo.demos.pool import Pool
-from mmpo.demos.standings import agreement, results
+from mmpo.demos.pool import Entry, Pool, entry_of
+from mmpo.demos.standings import agreement, caption, results
+from mmpo.pair import text
 from tests.demos.pools import text_pool
 
 Says = Callable[[Any, Any], str]  # (left, right) -> choice
@@ -98,3 +100,26 @@ def test_two_systems_have_one_interval_everywhere() -> None:
             assert rate[bound] == pytest.approx(1 - rows["base"]["win_rate"][other])
             assert (rows["aligned"]["elo"][bound] is None) == (rate[bound] == 1)
         assert rate["high"] - rate["low"] > 0.2 and json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize("systems", [("base", "aligned"), ("a", "b", "c")])
+def test_seeds_of_one_prompt_are_no_more_prompts(systems: Sequence[str]) -> None:
+    """Votes on three seeds of each prompt bound no more than those on one: seeds of a prompt are not independent."""
+
+    def pool_of(seeds: int) -> Pool:
+        asked = [(i, seed, system) for i in range(8) for seed in range(seeds) for system in systems]
+        entries = [entry_of(f"{i}-{k}", s, (text(f"Question {i}?"),), text(f"{i} {k} {s}"), k) for i, k, s in asked]
+        return Pool(Path("/nowhere"), tuple(entries))
+
+    def says(left: Entry, right: Entry) -> str:
+        drawn = random.Random(f"{caption(left)} {sorted((left.system, right.system))}")
+        return prefer(drawn.choice(sorted((left.system, right.system))))(left, right)
+
+    def rows_of(pool: Pool) -> dict[str, Any]:
+        return {row["name"]: row for row in results(votes(pool, 1, says), pool, "vote", "0")["systems"]}
+
+    one, three = rows_of(pool_of(1)), rows_of(pool_of(3))
+    assert one.keys() == three.keys() == set(systems)
+    for name, row in three.items():
+        assert row["wins"] == 3 * one[name]["wins"]
+        assert row["win_rate"] == one[name]["win_rate"] | {"n": 3 * one[name]["win_rate"]["n"]}

@@ -98,6 +98,57 @@ def test_whoever_leaves_stops_the_request(shared: Worker) -> None:
     assert time.monotonic() - began < 5 and shared._process.pid == pid
 
 
+def test_whoever_leaves_holds_nobody_up(shared: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio closes in the thread that serves all pages. The next one is served when the process is free, and not before."""
+    gate, stop = threading.Event(), shared._stop
+    monkeypatch.setattr(shared, "_stop", lambda: (gate.wait(60), stop()))
+    pid, events = shared._process.pid, shared.sample("long", [0], owner="gone")
+    assert next(events).kind == "progress"
+    events.close()  # type: ignore[attr-defined]
+    assert not gate.is_set() and [place.owner for place in shared._line] == ["gone"]
+    waiting = shared.sample("next", [0])
+    for _ in range(2):
+        assert next(waiting).value["note"] == "Waiting: one request is answered before yours."
+    gate.set()
+    assert [event.kind for event in waiting][-1] == "done" and shared._line == [] and shared._process.pid == pid
+    assert shared._leaving is not None
+    shared._leaving.join(20)
+    assert not shared._leaving.is_alive()
+
+
+@pytest.mark.slow
+def test_whoever_leaves_a_request_that_does_not_stop(tmp_path: Path) -> None:
+    """The next one is answered by another process."""
+    with working(tmp_path, grace=0.5) as worker:
+        list(worker.sample("warm", [0]))
+        pid, events = worker._process.pid, worker.sample("deaf", [0])
+        assert next(events).kind == "progress"
+        events.close()  # type: ignore[attr-defined]
+        assert asked(worker, "next")[-1].kind == "done" and worker._process.pid != pid
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_closed_leaves_no_thread(tmp_path: Path) -> None:
+    """Neither where a request is being ended, nor where whoever asked leaves, or looks, after the end."""
+    with working(tmp_path, grace=30.0) as worker:
+        list(worker.sample("warm", [0]))
+        gone, late = worker.sample("deaf", [0]), worker.sample("late", [0])
+        assert next(gone).kind == "progress"
+        gone.close()  # type: ignore[attr-defined]
+        began, leaving = time.monotonic(), worker._leaving
+        assert leaving is not None and leaving.is_alive()
+        worker.close()
+        assert not leaving.is_alive() and worker._line == [] and time.monotonic() - began < 20
+        assert list(late)[-1].kind == "failed"
+    with working(tmp_path, grace=30.0) as worker:
+        list(worker.sample("warm", [0]))
+        there, gone = (worker.sample("deaf", [0]) for _ in range(2))
+        assert next(there).kind == "progress" and next(gone).kind == "waiting"
+        worker.close()
+        assert list(there)[-1].kind == "stopped" and list(gone)[-1].kind == "failed"
+        assert worker._leaving is None and worker._line == []
+
+
 def test_one_request_at_a_time(shared: Worker) -> None:
     """The second waits, and is told so."""
     first = shared.sample("long", [0], owner="first")
@@ -223,15 +274,16 @@ def test_a_closed_worker_leaves_no_process(tmp_path: Path) -> None:
 def test_a_closed_worker_leaves_no_semaphores(tmp_path: Path) -> None:
     """Python complains of those at the end of a server."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mmpo.demos.worker import Worker\n"
+        "import sys\nfrom pathlib import Path\nfrom mmpo.demos import worker as workers\n"
         "from tests.demos.sources import WORDS, locks\n"
         "if __name__ == '__main__':\n"
-        "    worker = Worker(WORDS, Path(sys.argv[1]), Path(sys.argv[1]), opener=locks)\n"
+        "    workers.END = 60.0\n"  # a process that is killed leaves them, and on a busy machine none ends in two seconds
+        "    worker = workers.Worker(WORDS, Path(sys.argv[1]), Path(sys.argv[1]), grace=60.0, opener=locks)\n"
         "    worker.start()\n    print(list(worker.sample('hello', [0]))[-1].kind)\n    worker.close()\n"
     )
     (script := tmp_path / "server.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    ended = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True, timeout=180)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
