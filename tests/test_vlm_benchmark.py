@@ -12,6 +12,7 @@ import torch
 from benchmarks import side_by_side as side
 from benchmarks import vlm_step as bench
 
+pytestmark = pytest.mark.slow
 SHAPE = bench.Shape(
     hidden=64, layers=2, heads=4, kv_heads=2, ff=96, vocab=384,
     side=112, window=56, tower=48, tower_ff=72, tower_layers=2, tower_heads=2, whole=(1,),

@@ -37,6 +37,7 @@ def test_what_was_made_before_is_told_with_its_day(tmp_path: Path) -> None:
     assert building.lines(again)[0].startswith(f"already made on {again['made']}") and "already" not in building.lines(first)[0]
 
 
+@pytest.mark.slow
 def test_pairs_of_other_data_and_pairs_that_are_gone_are_not_told_as_made(tmp_path: Path) -> None:
     data, out = write_llava(tmp_path / "in", crops(8, 32)), tmp_path / "out"
     build(order(data, out))
@@ -65,6 +66,7 @@ def test_pairs_of_other_data_and_pairs_that_are_gone_are_not_told_as_made(tmp_pa
         build(order(data, out))
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_between_its_two_readings_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out, prepare = write_llava(tmp_path / "in", crops(6, 32)), tmp_path / "out", building._prepare
 
@@ -93,6 +95,7 @@ def test_a_builder_that_has_seen_enough_is_held_to_the_whole_source(tmp_path: Pa
     assert seen is not None and len(list(whole)) == seen.count == 3 and seen.digest == whole.digest
 
 
+@pytest.mark.slow
 def test_media_that_are_gone_or_changed_are_not_told_as_made(tmp_path: Path) -> None:
     data, out = write_llava(tmp_path / "in", crops(8, 32)), tmp_path / "out"
     build(order(data, out))
@@ -112,6 +115,7 @@ def test_media_that_are_gone_or_changed_are_not_told_as_made(tmp_path: Path) -> 
     assert "made" in build(order(data, out))
 
 
+@pytest.mark.slow
 def test_parts_of_an_order_that_nobody_knows_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_llava(tmp_path / "in", crops(4, 32))
     with monkeypatch.context() as patch, pytest.raises(TypeError):
@@ -147,6 +151,7 @@ def test_the_bar_ends_at_the_limit(tmp_path: Path) -> None:
     assert totals == [5, 3, 5]
 
 
+@pytest.mark.slow
 def test_parts_are_made_anew_where_the_builder_saw_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, pictures = write_llava(tmp_path / "in", crops(70, 32)), crops(72, 32)
     write = building.Shards.write

@@ -112,6 +112,7 @@ def test_what_the_allocator_itself_says_is_recognised() -> None:
     assert memory.exhausted(raised.value)
 
 
+@pytest.mark.slow
 def test_a_halved_run_is_taken_up_halved(tmp_path: Path) -> None:
     world = tiny_run.make_world(tmp_path)
     words = ("train.steps=2", "train.save_every=1", "eval.every=2", "train.on_oom=halve")
