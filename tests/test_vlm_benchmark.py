@@ -61,7 +61,6 @@ def test_the_full_case_has_the_prompt_it_names() -> None:
     assert bench.IMAGES * (shape.tokens + 2) + bench.AROUND + words == case.prompt
 
 
-@pytest.mark.slow
 def test_the_gates_hold_against_trl(tmp_path: Path) -> None:
     """And see a prompt whose images stand in another order."""
     pytest.importorskip("trl", reason="TRL is not installed: pip install mmpo[parity]")
