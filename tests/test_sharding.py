@@ -42,6 +42,7 @@ TEXT = (
 SMOOTH = (  # numbers of the log that do not jump where rounding decides a tie
     "loss", "grad_norm", "rewards/margins", "rewards/chosen", "eval/margin", "eval/judge", "eval/drift_chosen", "eval/kl",
 )  # fmt: skip
+ROUNDED = {"eval/drift_chosen": 1e-4}  # of float32 sums of several hundred, whose last bit is 6e-5
 CASES: dict[str, tuple[str, ...]] = {
     "sd_lora": ("train.ema=0.5", "train.round_prompts=2", "train.round_candidates=3"),
     "sd_full": ("model.adapter=full", "model.gradient_checkpointing=true", "train.lr=1e-3"),
@@ -171,7 +172,9 @@ def test_two_processes_end_where_one_does(world: Path, case: str, monkeypatch: p
     logs = [read(world / name / case / "log.jsonl") for name in ("one", "two")]
     for mine, theirs in zip(*([e for e in log if e["event"] in ("train", "eval")][: STEPS + 2] for log in logs), strict=True):
         numbers = {k: v for k, v in mine.items() if k in SMOOTH}
-        assert numbers == pytest.approx({k: theirs[k] for k in numbers}, rel=1e-4, abs=1e-5) and len(numbers) >= 2
+        for name, value in numbers.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4, abs=ROUNDED.get(name, 1e-5)), name
+        assert len(numbers) >= 2
     held = [json.loads((world / f"{case}.{rank}.json").read_text()) for rank in (0, 1)]
     assert held[0][0] + held[1][0] == held[0][1] and max(h[0] for h in held) < 0.56 * held[0][1]
 
