@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from blake3 import blake3
 from torch import Tensor, nn
 
 from mmpo.checkpoint import digest_tensors, from_bytes, to_bytes
@@ -172,7 +173,7 @@ def _is_whole(key: bytes, value: bytes, digest: object) -> bool:
 
 def _digest(key: bytes, value: bytes) -> bytes:
     """Binds a value to its key: two entries that traded places do not pass."""
-    return hashlib.sha256(key + value).digest()
+    return blake3(key).update(value).digest()
 
 
 def key(*parts: str | bytes | int | float | None) -> bytes:
@@ -200,7 +201,7 @@ def _part(part: object) -> bytes:
 
 
 def digest_module(module: nn.Module) -> str:
-    """sha256, in hex, of names, dtypes, shapes and bytes of all parameters and buffers: the identity of a frozen model.
+    """BLAKE3, in hex, of names, dtypes, shapes and bytes of all parameters and buffers: the identity of a frozen model.
 
     It does not cover the configuration (a scale in a config file): whatever else changes the output belongs in the key too.
     """

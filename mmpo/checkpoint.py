@@ -1,7 +1,7 @@
 """Checkpoints that are whole and verified, or not seen at all, whatever moment the process was killed at.
 
 A checkpoint is a directory `step-000120.<digest>/` with one safetensors file per group of tensors, `state.json`, and
-`MANIFEST.json`, written last, that lists the size and sha256 of every file; the digest in the name is the manifest's own.
+`MANIFEST.json`, written last, that lists the size and BLAKE3 of every file; the digest in the name is the manifest's own.
 It is built under a temporary name beside its final one, fsynced, renamed, read back, and only then named by `CURRENT`;
 older ones are pruned after that. Nothing is pickled. The promises hold on local file systems; network file systems that
 do not honour fsync, rename and flock void them.
@@ -9,7 +9,6 @@ do not honour fsync, rename and flock void them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor, distributed
 
@@ -66,7 +66,7 @@ def to_bytes(tensors: Mapping[str, Tensor], *, sealed: bool = False) -> bytes:
         storage = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    return safetensors.torch.save(plain, {"sha256": digest_tensors(plain)} if sealed else None)
+    return safetensors.torch.save(plain, {"blake3": digest_tensors(plain)} if sealed else None)
 
 
 def from_bytes(data: bytes, *, sealed: bool = False) -> dict[str, Tensor]:
@@ -77,14 +77,14 @@ def from_bytes(data: bytes, *, sealed: bool = False) -> dict[str, Tensor]:
         raise ValueError(f"not a safetensors file: {error}") from error
     if sealed:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if header.get("__metadata__", {}).get("sha256") != digest_tensors(tensors):
-            raise ValueError("the tensors do not match the sha256 that was written with them")
+        if header.get("__metadata__", {}).get("blake3") != digest_tensors(tensors):
+            raise ValueError("the tensors do not match the digest that was written with them")
     return tensors
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, of names, dtypes, shapes and bytes, in the order of the names."""
-    h = hashlib.sha256()
+    """BLAKE3, in hex, of names, dtypes, shapes and bytes, in the order of the names."""
+    h = blake3()
     for name, tensor in sorted(tensors.items()):
         h.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         h.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -235,12 +235,12 @@ def _build(temporary: Path, step: int, tensors: dict[str, dict[str, Tensor]], st
     manifest = _json({"step": step, "files": files, "environment": environment()})
     _write(temporary / "MANIFEST.json", manifest)
     _sync_folder(temporary)
-    return f"step-{step:06d}.{hashlib.sha256(manifest).hexdigest()[:12]}"
+    return f"step-{step:06d}.{blake3(manifest).hexdigest()[:12]}"
 
 
 def _entry(path: Path, data: bytes) -> dict[str, str | int]:
     _write(path, data)
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"size": len(data), "blake3": blake3(data).hexdigest()}
 
 
 def _commit(temporary: Path, name: str) -> Path:
@@ -364,7 +364,7 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
     if not match:
         raise ValueError("does not name a checkpoint")
     data = _read(path / "MANIFEST.json")
-    if hashlib.sha256(data).hexdigest()[:12] != match[2]:
+    if blake3(data).hexdigest()[:12] != match[2]:
         raise ValueError("MANIFEST.json does not match the digest in the directory's name")
     manifest = json.loads(data)
     if manifest["step"] != int(match[1]):
@@ -374,8 +374,8 @@ def _verified(path: Path) -> Iterator[tuple[str, bytes]]:
         data = _read(path / name)
         if len(data) != entry["size"]:
             raise ValueError(f"{name} has {len(data)} bytes, expected {entry['size']}")
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{name} does not match its sha256")
+        if blake3(data).hexdigest() != entry["blake3"]:
+            raise ValueError(f"{name} does not match its BLAKE3")
         yield name, data
 
 

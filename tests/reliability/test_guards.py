@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # name: file, what stands there, what takes its place, and the tests that have to notice
 GUARDS = {
     "checkpoint digests": (
-        "mmpo/checkpoint.py", 'if hashlib.sha256(data).hexdigest() != entry["sha256"]:', "if False:",
+        "mmpo/checkpoint.py", 'if blake3(data).hexdigest() != entry["blake3"]:', "if False:",
         "tests/test_checkpoint.py -k damaged_file",
     ),
     "verify before prune": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from blake3 import blake3
 
 from mmpo import checkpoint
 from mmpo import recipe as recipes
@@ -241,10 +241,10 @@ def as_checkpoint(world: Path, folder: Path, data: bytes) -> Any:
     path = next(where.glob("step-*")) if path is None else path
     (path / "policy.safetensors").write_bytes(data)
     manifest = json.loads((path / "MANIFEST.json").read_bytes())
-    manifest["files"]["policy.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["policy.safetensors"] = {"size": len(data), "blake3": blake3(data).hexdigest()}
     written = json.dumps(manifest).encode()
     (path / "MANIFEST.json").write_bytes(written)
-    name = f"{path.name.split('.')[0]}.{hashlib.sha256(written).hexdigest()[:12]}"
+    name = f"{path.name.split('.')[0]}.{blake3(written).hexdigest()[:12]}"
     path.rename(path.with_name(name))
     (where / "CURRENT").write_text(name + "\n")
     checkpoint.load_latest(where)
@@ -344,7 +344,7 @@ def test_pickles_in_a_cache_are_counted_and_never_used(tmp_path: Path) -> None:
         path, k = tmp_path / f"{number}.sqlite", key("x")
         Cache(path).put_many([(k, {"x": torch.ones(2)})])
         with sqlite3.connect(path) as connection:
-            connection.execute("UPDATE entries SET value = ?, digest = ?", (data, hashlib.sha256(k + data).digest()))
+            connection.execute("UPDATE entries SET value = ?, digest = ?", (data, blake3(k + data).digest()))
         cache = Cache(path)
         assert cache.get_many([k]) == [None] and (cache.damaged, cache.misses) == (1, 1)
         cache.close()
