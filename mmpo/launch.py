@@ -22,11 +22,11 @@ from accelerate.utils import set_seed
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from mmpo import ches, drift, evaluate, memory, packaged, runfolder, sharding, tiers, unread
+from mmpo import admission, ches, drift, evaluate, memory, packaged, runfolder, sharding, tiers, unread
 from mmpo import recipe as recipes
 from mmpo import reference as references
 from mmpo.cache import Cache, digest_module
-from mmpo.errors import DataError, MissingExtra, RecipeError, RunFailed
+from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.find import find
 from mmpo.finish import finish
 from mmpo.judging import Judge
@@ -160,12 +160,12 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
     modality.branches = branches_of(modality, objective)
     judge = make_judge(recipe, modality, accelerator.device)
     with refusal_accounted(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        data = _admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
+        data = admission.admitted(prepare(recipe, str(modality.embedded_data), judge), modality)
     judge = able(judge, recipe, data)
     runs_reference = recipe.reference.kind != "none" and not recipe.reference.cache
     shards = accelerator.num_processes if recipe.train.fsdp else 1
     planned = modality.plan(data.train, recipe.train.batch_size, runs_reference, shards)
-    _check_pairs(objective, data.train)
+    admission.check_pairs(objective, data.train)
     reference: Any = references.build(recipe.reference, modality, modality.model)
     if accelerator.is_main_process:
         keep_account(folder, data, resolved.allow_drift)
@@ -175,7 +175,7 @@ def build(resolved: Resolved, folder: Path, objective: Objective) -> tuple[Run, 
             tqdm.write(planned)
         drift.claim_inputs(folder, inputs_of(recipe, modality, reference), resolved.allow_drift)
     _encode(modality, data.train + data.heldout + data.shifted)
-    data = _undisplaced(recipe, data, modality)
+    data = admission.undisplaced(recipe, data, modality)
     if reference is not None and recipe.reference.cache:
         file = _cache_file(recipe, folder, "reference")
         reference = Cached(reference, Cache(file), modality.model, recipe.reference.cache)
@@ -280,47 +280,6 @@ def _encode(modality: Any, pairs: list[Pair], chunk: int = 64) -> None:
     """Fill the cache of the frozen encoders before the first step, where a person can see how long it takes."""
     for start in tqdm(range(0, len(pairs), chunk), desc="encode", unit="batch"):
         modality.encode(pairs[start : start + chunk])
-
-
-def _admitted(data: Prepared, modality: Any) -> Prepared:
-    """The pairs that the modality can score within the recipe's limits; what is left out or changed is counted and said."""
-    train, counts = modality.admit(data.train)
-    heldout, more = modality.admit(data.heldout)
-    shifted, others = modality.admit(data.shifted)
-    counts = {n: counts.get(n, 0) + more.get(n, 0) + others.get(n, 0) for n in {**counts, **more, **others}}
-    if not train:
-        told = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none left out"
-        raise DataError(f"{data.account['source']}: no pairs to train on ({told})")
-    return replace(data, train=train, heldout=heldout, shifted=shifted, account=data.account | {"limits": counts})
-
-
-def _undisplaced(recipe: Recipe, data: Prepared, modality: Any) -> Prepared:
-    """The pairs without those that CHES tells to displace their chosen answer, where the recipe asks for that."""
-    if recipe.data.ches_keep is None:
-        return data
-    train = ches.keep(modality, modality.model, data.train, recipe.data.ches_keep)
-    dropped = data.account["dropped"] | {"pair: ln-CHES above the share kept": len(data.train) - len(train)}
-    return replace(data, train=train, account=data.account | {"dropped": dropped})
-
-
-def _check_pairs(objective: Objective, pairs: list[Pair]) -> None:
-    for pair in pairs:
-        for term in objective.terms:
-            unmarked = [b for b in term.of if b not in pair.spans and pair.branch(b)]
-            if lacking := [b for b in term.of if "@" in b and not pair.branch(b)]:
-                raise RecipeError(f"row {pair.id} has no branch {lacking[0]}, which {term.name} reads (objective: of:)")
-            if term.weights == "spans" and unmarked:
-                raise RecipeError(
-                    f"row {pair.id} has no spans of its {unmarked[0]} side, by which {term.name} weighs units "
-                    "(weights: spans); a side that counts as a whole has an empty list of spans"
-                )
-    if objective.needs_pairs:
-        for pair in pairs:
-            if not (pair.chosen and pair.rejected):
-                side = "rejected" if pair.chosen else "chosen"
-                raise RecipeError(
-                    f"row {pair.id} has no {side} side, which {objective.terms[0].name} needs; for unpaired rows use loss: kto"
-                )
 
 
 # ---- start

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from mmpo import cli, drift, finish, launch
+from mmpo import admission, cli, drift, finish, launch
 from mmpo import recipe as recipes
 from mmpo.errors import MissingExtra, RecipeError, RunFailed
 from mmpo.objective import Objective, make_term
@@ -132,8 +132,8 @@ def test_losses_without_a_reference_start_with_margins_of_their_own(
 def test_unpaired_rows_need_an_unpaired_loss() -> None:
     half = [*line_pairs(1), *(p.__class__(p.id, p.prompt, (), p.rejected) for p in line_pairs(2)[1:])]
     with pytest.raises(RecipeError, match="row 1 has no chosen side, which dpo needs; for unpaired rows use loss: kto"):
-        launch._check_pairs(Objective([make_term("dpo")]), half)
-    launch._check_pairs(Objective([make_term("kto")]), half)
+        admission.check_pairs(Objective([make_term("dpo")]), half)
+    admission.check_pairs(Objective([make_term("kto")]), half)
 
 
 def test_rows_without_spans_are_named_where_spans_weigh() -> None:
@@ -141,12 +141,12 @@ def test_rows_without_spans_are_named_where_spans_weigh() -> None:
     (marked,) = line_pairs(1, spans={"chosen": (span,), "rejected": ()})
     half = [marked, line_pairs(2, spans={"chosen": (span,)})[1]]
     masked = Objective([make_term("nll"), make_term("dpo", weights="spans")])
-    launch._check_pairs(masked, [marked])
-    launch._check_pairs(Objective([make_term("nll", weights="spans"), make_term("dpo")]), half)
+    admission.check_pairs(masked, [marked])
+    admission.check_pairs(Objective([make_term("nll", weights="spans"), make_term("dpo")]), half)
     with pytest.raises(RecipeError, match="row 1 has no spans of its rejected side, by which dpo weighs units"):
-        launch._check_pairs(masked, half)
+        admission.check_pairs(masked, half)
     kto = Objective([make_term("kto", weights="spans")])
-    launch._check_pairs(kto, [replace(half[1], rejected=())])
+    admission.check_pairs(kto, [replace(half[1], rejected=())])
 
 
 @pytest.mark.parametrize(("name", "expected"), [("adamw", "AdamW"), ("adafactor", "Adafactor"), ("sgd", "SGD")])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmpo import launch
+from mmpo import admission, launch
 from mmpo import reference as references
 from mmpo.cache import Cache
 from mmpo.errors import DataError, RecipeError
@@ -238,7 +238,7 @@ def test_the_objective_names_the_further_branches() -> None:
     assert launch.branches_of(Adapter, objective) == ("chosen", "rejected", "chosen@retrieved")
     objective.check(Adapter.PROVIDES, launch.branches_of(Adapter, objective), True)
     with pytest.raises(RecipeError, match="row p has no branch chosen@retrieved, which dpo reads"):
-        launch._check_pairs(objective, [pair(1)])
+        admission.check_pairs(objective, [pair(1)])
     with pytest.raises(ValueError, match="reads branch 'choosen'"):
         misspelt = Objective([make_term("dpo", of=("chosen", "choosen"), beta=0.1)])
         misspelt.check(Adapter.PROVIDES, launch.branches_of(Adapter, misspelt), True)
