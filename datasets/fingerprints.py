@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -44,11 +45,11 @@ def sources_of(modules: Iterable[str]) -> dict[str, bytes]:
 def files_of(path: Path) -> dict[str, str]:
     """sha256 of a file, or of each of a folder's by its place there.
 
-    Nothing for what is not there; hidden files do not count.
+    Nothing for what is not there, or what no file can be called (a template given as text); hidden files do not count.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return {path.name: _sha256(path)}
-    places = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()} if path.is_dir() else {}
+    places = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()} if os.path.isdir(path) else {}
     return {at.as_posix(): _sha256(p) for at, p in places.items() if not any(part.startswith(".") for part in at.parts)}
 
 

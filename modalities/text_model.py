@@ -57,7 +57,9 @@ def read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"model.chat_template {path}: {error.strerror}; expected a file of a Jinja template") from error
+        raise ValueError(f"model.chat_template {path[:200]}: {error.strerror}; expected a file of a Jinja template") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model.chat_template {path}: not UTF-8 text ({error}); expected a Jinja template") from error
 
 
 def _quantization(bits: str, dtype: torch.dtype) -> Any:

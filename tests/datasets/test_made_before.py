@@ -213,6 +213,8 @@ def test_a_chat_template_counts_by_its_content(tmp_path: Path) -> None:
     found = ToolChoice("embedded", "embedded", settings=words, judge_settings=words).files()
     digest = hashlib.sha256(b"{{ messages }}").hexdigest()
     assert found["chat_template"] == found["judge_chat_template"] == {"turns.jinja": digest}
+    typed = ToolChoice("embedded", settings=(f"chat_template='{'{{ messages }}' * 400}'",)).files()
+    assert typed["chat_template"] == {}  # as text and not as a file: refused where it is read
 
 
 def test_a_tokenizer_out_of_the_hubs_cache_counts_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -457,6 +457,11 @@ def test_a_template_of_ones_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert ours.turns.tokenizer.decode(row.ids) == "[a]b<eos>"
     with pytest.raises(ValueError, match="model.chat_template .*missing.jinja: No such file"):
         adapter(checkpoint(), chat_template=str(tmp_path / "missing.jinja"))
+    with pytest.raises(ValueError, match=r"model.chat_template \{\{ messages .{200,400}too long; expected a file"):
+        adapter(checkpoint(), chat_template="{{ messages }}" * 400)
+    file.write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(ValueError, match="template.*: not UTF-8 text .*; expected a Jinja"):
+        adapter(checkpoint(), chat_template=str(file))
 
 
 # Samples ---------------------------------------------------------------------------------------------------------------
