@@ -19,7 +19,7 @@ from mmpo.datasets.tools import Generator, Tools
 from mmpo.errors import RecipeError
 from mmpo.find import find, model_config, names, nearest, require_allowed
 from mmpo.packaged import PREFIX, resolve
-from mmpo.recipe import problems_of
+from mmpo.problems import problems_of
 from mmpo.schema import Section
 from mmpo.yaml_source import Mark
 

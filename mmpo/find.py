@@ -92,11 +92,13 @@ def _of_config(modality: str, attribute: str) -> Any:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing when no choice is close."""
-    known = list(choices)
-    swapped = [c for c in known if sorted(c) == sorted(word)]  # rl for lr: to difflib they share but one letter
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.6) or swapped
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    """ "; did you mean 'x'?", or nothing when no choice is close. Capitals do not count."""
+    known, word = list(choices), word.lower()
+    swapped = [c for c in known if sorted(c.lower()) == sorted(word)]  # rl for lr: to difflib they share but one letter
+    spelt = {c.lower(): c for c in known}
+    close = [word] if word in spelt else difflib.get_close_matches(word, spelt, n=2, cutoff=0.6)
+    told = [spelt[c] for c in close] or swapped
+    return f"; did you mean {' or '.join(map(repr, told))}?" if told else ""
 
 
 def require_allowed(name: str, also: Iterable[str] = ()) -> None:

@@ -7,29 +7,23 @@ All errors are found before any is raised, each as `file:line:column field: prob
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, create_model
 
 from mmpo import masking, signatures, yaml_source
 from mmpo.errors import RecipeError
-from mmpo.find import find, nearest
+from mmpo.find import find, nearest, require, require_allowed
 from mmpo.masking import masked
-from mmpo.schema import Recipe, Section, Term, not_in_shards, recipe_class, section_at
+from mmpo.problems import COMMAND_LINE, Marks, flow, got, line, nests, problems_of
+from mmpo.schema import Recipe, Section, Term, not_in_shards, recipe_class
 from mmpo.yaml_source import Keys, Mark
 
-Marks = dict[Keys, Mark]
-
 CONFIGS = Path(__file__).parent / "configs"
-COMMAND_LINE = "command line"
 BETA_DPO = 1000.0  # T of the denoisers' log-likelihood -(T/2) w(t) err: the papers' beta_dpo multiplies (1/2) w(t) err
-
-_BARE = re.compile(r"[A-Za-z_][\w./@-]*")
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,8 @@ class Resolved:
     @property
     def provenance(self) -> dict[str, str]:
         """Where each leaf came from, e.g. {"train.lr": "diffusion.yaml:12", "seed": "command line", "out": "default"}."""
-        return {_dotted(keys): _source(self.marks.get(keys)) for keys in _leaves(self.recipe.model_dump(mode="json"))}
+        leaves = _leaves(self.recipe.model_dump(mode="json"))
+        return {yaml_source.dotted(keys): _source(self.marks.get(keys)) for keys in leaves}
 
 
 def load(
@@ -55,8 +50,8 @@ def load(
     """The recipe of a file or of a bare name in mmpo's configs; with only a modality, that modality's default recipe.
 
     overrides: `key=value` strings with dotted keys, list items by number (`objective.0.beta=0.2`), values in YAML.
-    losses: check the objective's losses (see `check_objective`) and the judge as well, and report their errors with all the
-    others.
+    losses: check the losses (see `check_objective`), the judge and the format of the data as well, and report their errors
+    with all the others.
     Raises RecipeError.
     """
     name = modality if path is None else str(path)
@@ -70,24 +65,26 @@ def load(
         own = layers.data.get("modality", modality)
         if own != modality:
             said = f"recipe {name} is of modality {own} (got --modality {modality}, expected {own}, or none)"
-            raise RecipeError(_line(layers.marks, ("modality",), said))
+            raise RecipeError(line(layers.marks, ("modality",), said))
         layers.put(("modality",), modality)
     for override in overrides:
         layers.override(override)
     masking.learn(None, layers.data)
     schema: type[Recipe] = Recipe
+    named = layers.data.get("modality", "diffusion")
     try:
-        schema = recipe_class(str(layers.data.get("modality", "diffusion")))
+        schema = recipe_class(named) if isinstance(named, str) else Recipe  # which then says that it has to be text
     except RecipeError as error:
-        layers.problems += [_line(layers.marks, ("modality",), p) for p in error.problems]
+        layers.problems += [line(layers.marks, ("modality",), p) for p in error.problems]
     try:
         recipe = schema.model_validate(layers.data)
-        layers.problems += [_line(layers.marks, tuple(key.split(".")), p) for key, p in not_in_shards(recipe)]
+        layers.problems += [_unsharded(layers.marks, key, problem) for key, problem in not_in_shards(recipe)]
     except ValidationError as error:
         layers.problems += problems_of(error, schema, layers.marks)
     if losses:
         layers.problems += _objective_problems(layers.data.get("objective", []), layers.marks)
         layers.problems += _judge_problems(layers.data.get("judge"), layers.marks)
+        layers.problems += _format_problems(layers.data.get("data"), layers.marks)
     if layers.problems:
         raise RecipeError(layers.problems)
     return Resolved(recipe, layers.marks)
@@ -108,6 +105,12 @@ def check_objective(resolved: Resolved) -> None:
     problems = _objective_problems(resolved.recipe.objective, resolved.marks)
     if problems:
         raise RecipeError(problems)
+
+
+def _unsharded(marks: Marks, key: str, problem: str) -> str:
+    """What does not go with train.fsdp, where it was written; a default, where train.fsdp was."""
+    keys = tuple(key.split("."))
+    return line(marks, keys, problem) if keys in marks else line(marks, ("train", "fsdp"), f"{key} {problem}")
 
 
 def _objective_problems(terms: Any, marks: Marks) -> list[str]:
@@ -132,16 +135,16 @@ def loss_parameters(term: Term, marks: Marks | None = None, at: Keys = ()) -> di
     try:
         schema = _loss_schema(find("losses", term.loss))
     except RecipeError as error:
-        raise RecipeError([_line(marks, (*at, "loss"), p) for p in error.problems]) from None
+        raise RecipeError([line(marks, (*at, "loss"), p) for p in error.problems]) from None
     problems = []
     if {"beta", "beta_dpo"} <= given.keys():
         problems.append(
-            _line(marks, (*at, "beta_dpo"), "the same setting as beta, which is beta_dpo / 1000; give one of the two")
+            line(marks, (*at, "beta_dpo"), "the same setting as beta, which is beta_dpo / 1000; give one of the two")
         )
     try:
         parameters = schema.model_validate(given).model_dump()
     except ValidationError as error:
-        problems += problems_of(error, schema, marks, at)
+        problems += problems_of(error, schema, marks, at, also=tuple(Term.model_fields))
     if problems:
         raise RecipeError(problems)
     beta_dpo = parameters.pop("beta_dpo", None)
@@ -168,7 +171,7 @@ def _judge_problems(judge: Any, marks: Marks) -> list[str]:
     try:
         known = signatures.options("judges", name, without=frozenset({"path", "device"}))
     except RecipeError as error:
-        return [_line(marks, ("judge", "name"), p) for p in error.problems]
+        return [line(marks, ("judge", "name"), p) for p in error.problems]
     if known is None:
         return []
     fields: dict[str, Any] = {option: (p.kind, p.default) for option, p in known.items()}
@@ -180,6 +183,16 @@ def _judge_problems(judge: Any, marks: Marks) -> list[str]:
     return []
 
 
+def _format_problems(data: Any, marks: Marks) -> list[str]:
+    name = data.get("format") if isinstance(data, dict) else None
+    try:
+        if isinstance(name, str):
+            require_allowed(name) if ":" in name else require("datasets.formats", name)
+    except RecipeError as error:
+        return [line(marks, ("data", "format"), problem) for problem in error.problems]
+    return []
+
+
 def dump(resolved: Resolved) -> str:
     """The whole recipe as YAML that loads to the same recipe, each leaf with where it came from; secrets are masked."""
     return "\n".join(_block(resolved.recipe.model_dump(mode="json"), (), resolved.marks)) + "\n"
@@ -188,9 +201,9 @@ def dump(resolved: Resolved) -> str:
 def _block(value: Any, keys: Keys, marks: Marks) -> Iterator[str]:
     for key, item in _entries(value):
         path, item = (*keys, key), masked(key, item)
-        head = "-" if isinstance(value, list) else f"{_flow(key)}:"
-        if not _nests(item):
-            yield f"{head} {_flow(item)}  # {_source(marks.get(path))}"
+        head = "-" if isinstance(value, list) else f"{flow(key)}:"
+        if not nests(item):
+            yield f"{head} {flow(item)}  # {_source(marks.get(path))}"
             continue
         lines = list(_block(item, path, marks))
         if head == "-":
@@ -204,25 +217,9 @@ def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(value) if isinstance(value, list) else value.items()
 
 
-def _nests(value: Any) -> bool:
-    """Whether a value is written over several lines: a mapping, or a list that is not only scalars."""
-    return bool(value) and (
-        isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
-    )
-
-
 def _leaves(value: Any, keys: Keys = ()) -> Iterator[Keys]:
     for key, item in _entries(value):
-        yield from _leaves(item, (*keys, key)) if _nests(item) else [(*keys, key)]
-
-
-def _flow(value: Any) -> str:
-    """A leaf in YAML's one-line form; text is left bare only where YAML 1.1 and 1.2 agree that it is text."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
-    if isinstance(value, str) and not (_BARE.fullmatch(value) and value == yaml_source.scalar(value) == yaml.safe_load(value)):
-        return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=2**31).strip()
-    return yaml.safe_dump(value).splitlines()[0]  # 1.0e-05: a float to YAML 1.1 as well
+        yield from _leaves(item, (*keys, key)) if nests(item) else [(*keys, key)]
 
 
 def _source(mark: Mark | None) -> str:
@@ -243,10 +240,7 @@ class _Layers:
         """Merges a file over what is there, its `base:` files first. name: relative to `folder`, or bare, in CONFIGS."""
         path = folder / name if _is_path(name) else CONFIGS / f"{name}.yaml"
         if not _is_path(name) and not path.is_file():
-            known = configs()
-            raise RecipeError(
-                f"no recipe '{name}' (a file ends in .yaml; there are: {', '.join(known) or 'none'}){nearest(name, known)}"
-            )
+            raise RecipeError(_no_recipe(name))
         if path.resolve() in including:
             raise RecipeError(f"{path}: base includes itself: {' -> '.join(p.name for p in (*including, path))}")
         shown = str(path) if _is_path(name) else path.name
@@ -257,9 +251,12 @@ class _Layers:
         bases = data.pop("base", [])
         for base in bases if isinstance(bases, list) else [bases]:
             if not isinstance(base, str) or Path(base).is_absolute():
-                raise RecipeError(
-                    _line(marks, ("base",), f"wrong value (got {base!r}, expected a relative path or a recipe's name)")
-                )
+                said = f"wrong value (got {got(base)}, expected a relative path or a recipe's name)"
+                raise RecipeError(line(marks, ("base",), said))
+            if _is_path(base) and not (path.parent / base).is_file():
+                raise RecipeError(line(marks, ("base",), f"no such file (got {base}, looked for {path.parent / base})"))
+            if not _is_path(base) and base not in configs():
+                raise RecipeError(line(marks, ("base",), _no_recipe(base)))
             self.read(base, path.parent, (*including, path.resolve()))
         self.merge(self.data, data, marks)
 
@@ -321,48 +318,10 @@ class _Layers:
         self.marks = {k: m for k, m in self.marks.items() if k[: len(keys)] != keys} | marks
 
 
+def _no_recipe(name: str) -> str:
+    known = configs()
+    return f"no recipe '{name}' (a file ends in .yaml; there are: {', '.join(known) or 'none'}){nearest(name, known)}"
+
+
 def _is_path(name: str) -> bool:
     return "/" in name or name.endswith((".yaml", ".yml"))
-
-
-def _line(marks: Marks, keys: Keys, problem: str) -> str:
-    """`place field: problem`; the place of a key that was not written is that of the nearest section that was.
-
-    Of a section, it is the command line where that set one of the keys that the problem names: it came last.
-    """
-    below = (k for k, mark in marks.items() if mark.file == COMMAND_LINE and k[: len(keys)] == keys and len(k) > len(keys))
-    named = next((k for k in below if re.search(rf"\b{re.escape(str(k[-1]))}\b", problem)), None)
-    above = (keys[:n] for n in range(len(keys), -1, -1) if keys[:n] in marks)
-    place = marks[named] if named is not None else next((marks[k] for k in above), "default")
-    return f"{place} {_dotted(keys)}: {problem}"
-
-
-def _dotted(keys: Keys) -> str:
-    return ".".join(map(str, keys))
-
-
-def problems_of(error: ValidationError, schema: type[Section], marks: Marks, at: Keys = ()) -> list[str]:
-    """pydantic's errors in this project's form."""
-    return [_line(marks, (*at, *e["loc"]), _problem(e, schema)) for e in error.errors(include_url=False)]
-
-
-def _problem(error: Any, schema: type[Section]) -> str:
-    *section, key = error["loc"]
-    message, given = error["msg"], error["input"]
-    got = f"a {type(given).__name__}" if _nests(given) else _flow(masked(key, given))
-    if error["type"] == "missing":
-        return "missing, and it has no default"
-    if error["type"] == "extra_forbidden":
-        known = list(getattr(section_at(schema, section), "model_fields", ()))
-        expected = f"one of {', '.join(known)}" if known else "none: it takes none"
-        return f"unknown key (got {key!r}, expected {expected}){nearest(str(key), known)}"
-    if error["type"] == "value_error":
-        problem = str(error["ctx"]["error"])
-        return problem if "(got" in problem else f"{problem} (got {got})"
-    if not message.startswith("Input should be "):
-        return f"{message[0].lower()}{message[1:]} (got {got})"
-    expected = message.removeprefix("Input should be ").partition(", unable")[0]
-    expected = "a mapping of settings" if error["type"] == "model_type" else expected
-    advice = "; to make it text, quote it" if error["type"] == "string_type" and isinstance(given, int | float) else ""
-    choices = re.findall("'(.*?)'", expected)
-    return f"wrong value (got {got}, expected {expected}){nearest(str(given), choices)}{advice}"

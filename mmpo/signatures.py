@@ -7,11 +7,12 @@ import importlib.util
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_origin
 
-from mmpo import find
+from mmpo import find, limits
 
 _NAMES: dict[str, Any] = {t.__name__: t for t in (bool, int, float, str, list, dict, tuple, Path)}
+_NAMES |= {name: kind for name, kind in vars(limits).items() if get_origin(kind) is Annotated}
 _NAMES |= {"Any": Any, "Literal": Literal, "Sequence": Sequence, "__builtins__": {}}
 
 

@@ -5,6 +5,7 @@ The scalars are YAML 1.2's core schema: `1e-4` is a float and `no` is a string, 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,12 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 1_000
 MAX_DEPTH = 32
 
-_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False, ".nan": float("nan")}
-_WORDS |= {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf")}
+_WORDS: dict[str, Any] = {"": None, "~": None}
+for _word, _value in {"null": None, "true": True, "false": False}.items():
+    _WORDS |= dict.fromkeys((_word, _word.upper(), _word.capitalize()), _value)
+_WORDS |= dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan"))
+for _sign in ("", "+", "-"):
+    _WORDS |= dict.fromkeys((f"{_sign}.inf", f"{_sign}.Inf", f"{_sign}.INF"), float(f"{_sign}inf"))
 _INTEGER = re.compile(r"[-+]?[0-9]{1,400}|0x[0-9a-fA-F]{1,300}|0o[0-7]{1,300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
@@ -34,6 +39,11 @@ class Mark(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+def dotted(keys: Keys) -> str:
+    """Keys as a message names them; one that is empty, or that a terminal would obey, is quoted."""
+    return ".".join(k if k and k.isprintable() else json.dumps(k) for k in map(str, keys))
 
 
 def load(path: Path, name: str, problems: list[str] | None = None) -> tuple[Any, dict[Keys, Mark]]:
@@ -81,8 +91,8 @@ def parse(text: str, file: str, problems: list[str] | None = None) -> tuple[Any,
 
 def scalar(text: str) -> Any:
     """The value of an unquoted YAML 1.2 scalar: null, a boolean, an int, a float, or else the text itself."""
-    if text.lower() in _WORDS and text in (text.lower(), text.upper(), text.capitalize()):
-        return _WORDS[text.lower()]
+    if text in _WORDS:
+        return _WORDS[text]
     if _INTEGER.fullmatch(text):
         return int(text, 0 if text[:2] in ("0x", "0o") else 10)
     return float(text) if _FLOAT.fullmatch(text) else text
@@ -133,8 +143,7 @@ class _Plain:
                 self.problems.append(f"{self._mark(key)}: a key must be a name (got a {key.id})")
             elif key.value in data:
                 first = self.marks[*keys, key.value].line
-                dotted = ".".join(map(str, (*keys, key.value)))
-                self.problems.append(f"{self._mark(key)} {dotted}: duplicate key (first on line {first})")
+                self.problems.append(f"{self._mark(key)} {dotted((*keys, key.value))}: duplicate key (first on line {first})")
             else:
                 self.marks[*keys, key.value] = self._mark(key)
                 data[key.value] = self.build(value, (*keys, key.value))

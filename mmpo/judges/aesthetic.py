@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmpo.clip import load_clip
 from mmpo.judging import Blocks, Judge, JudgeResult, existing, score_in_batches
+from mmpo.limits import Count
 from mmpo.weights import loading
 
 HEAD = "LAION's improved aesthetic head (sac+logos+ava1-l14-linearMSE) as .safetensors or .pth"
@@ -24,7 +25,7 @@ def aesthetic(
     head: str | Path | None = None,
     architecture: str = "ViT-L-14-quickgelu",
     allow_download: bool = False,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> Judge:
     """LAION aesthetic predictor v2 (linear MSE): a linear stack 768-1024-128-64-16-1 on the L2-normalised image embedding.
 

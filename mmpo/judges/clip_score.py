@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmpo.clip import load_clip
 from mmpo.judging import Blocks, Judge, JudgeResult, score_in_batches
+from mmpo.limits import Count
 
 
 def clip_score(
@@ -15,7 +16,7 @@ def clip_score(
     *,
     architecture: str = "ViT-H-14",
     allow_download: bool = False,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> Judge:
     """CLIPScore (arXiv 2104.08718) without its clipping at 0 and factor 2.5: 100 cos(text, image), as Diffusion-DPO reports.
 

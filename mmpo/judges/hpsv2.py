@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mmpo.clip import load_clip
 from mmpo.judging import Blocks, Judge, JudgeResult, score_in_batches
+from mmpo.limits import Count
 
 
 def hpsv2(
@@ -15,7 +16,7 @@ def hpsv2(
     *,
     architecture: str = "ViT-H-14",
     allow_download: bool = False,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> Judge:
     """Human Preference Score v2 and v2.1 (arXiv 2306.09341): 100 cos(text, image). Comparable within one prompt set only.
 

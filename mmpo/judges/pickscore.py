@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmpo.judging import Blocks, Judge, JudgeResult, existing, score_in_batches
+from mmpo.limits import Count
 from mmpo.weights import loading
 
 HUB = "yuvalkirstain/PickScore_v1"
@@ -19,7 +20,7 @@ def pickscore(
     device: str = "cpu",
     *,
     allow_download: bool = False,
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> Judge:
     """PickScore (arXiv 2305.01569): exp(logit_scale) cos(text, image), about 18 to 24.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.nn import functional as F
 
 from mmpo.collective import of_same_rank
+from mmpo.limits import FlipRate
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -13,7 +14,7 @@ BATCH_STATISTICS: bool = True
 PAPER: str = "arXiv 2406.05882"
 
 
-def aot(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: float = 0.0) -> Losses:
+def aot(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: FlipRate = 0.0) -> Losses:
     """Alignment by optimal transport, paired: first-order stochastic dominance of gaps.
 
     u    = logp_chosen - logp_rejected of the policy,  v = the reference's gap of the same place in sorted order

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmpo.collective import of_same_rank
+from mmpo.limits import FlipRate
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -14,7 +15,7 @@ BATCH_STATISTICS: bool = True
 PAPER: str = "arXiv 2406.05882"
 
 
-def aot_unpaired(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: float = 0.0) -> Losses:
+def aot_unpaired(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: FlipRate = 0.0) -> Losses:
     """Alignment by optimal transport, unpaired: a chosen answer is compared with the rejected one of its place.
 
     z    = beta (log_ratio_chosen - log_ratio_rejected), each sorted over the rows of all ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset()
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"margin"})
 PAPER: str = "arXiv 2401.08417"
 
 
-def cpo(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: float = 1.0) -> Losses:
+def cpo(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: NonNegative = 1.0) -> Losses:
     """Contrastive preference optimisation.
 
     loss = -log sigmoid(z) - alpha logp_chosen / length,  z = beta (logp_chosen - logp_rejected) - margin

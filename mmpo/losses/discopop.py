@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import Share
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"link", "margin"})
 PAPER: str = "arXiv 2406.08414"
 
 
-def discopop(chosen: Side, rejected: Side, *, beta: float = 0.05, temperature: float = 0.05) -> Losses:
+def discopop(chosen: Side, rejected: Side, *, beta: float = 0.05, temperature: Share = 0.05) -> Losses:
     """Log-ratio modulated loss (LRML).
 
     z    = beta (ratio_chosen - ratio_rejected) - margin

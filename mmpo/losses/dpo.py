@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import FlipRate
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"label", "link", "margin"})
 PAPER: str = "arXiv 2305.18290 eq. 7"
 
 
-def dpo(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Losses:
+def dpo(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: FlipRate = 0.0) -> Losses:
     """Direct preference optimisation; on denoisers it is Diffusion-DPO (arXiv 2311.12908 eq. 14).
 
     z    = beta (ratio_chosen - ratio_rejected) - margin

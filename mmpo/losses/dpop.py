@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"link", "margin"})
 PAPER: str = "arXiv 2402.13228"
 
 
-def dpop(chosen: Side, rejected: Side, *, beta: float = 0.3, penalty: float = 50.0) -> Losses:
+def dpop(chosen: Side, rejected: Side, *, beta: float = 0.3, penalty: NonNegative = 50.0) -> Losses:
     """DPO-positive: guards against likelihood displacement inside the sigmoid.
 
     loss = -log sigmoid(z),  z = beta [ratio_chosen - ratio_rejected - penalty max(0, -log_ratio_chosen)] - margin

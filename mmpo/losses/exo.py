@@ -6,6 +6,7 @@ import math
 
 from torch.nn import functional as F
 
+from mmpo.limits import SomeFlipRate
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -13,7 +14,7 @@ READS: frozenset[str] = frozenset({"link"})
 PAPER: str = "arXiv 2402.00856"
 
 
-def exo(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Losses:
+def exo(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: SomeFlipRate = 1e-3) -> Losses:
     """Efficient exact optimisation, pair form: KL(policy's preference || smoothed label), the reverse of cDPO's.
 
     q    = sigmoid(beta (ratio_chosen - ratio_rejected))

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from mmpo.collective import global_mean
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -20,8 +21,8 @@ def kto(
     completion: Side,
     *,
     beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
     utility: Literal["kto", "loss_averse"] = "kto",
 ) -> Losses:
     """Kahneman-Tversky optimisation of unpaired answers; on denoisers it is Diffusion-KTO (arXiv 2404.04465).

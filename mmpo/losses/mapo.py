@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmpo.limits import Positive
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"err"})
@@ -13,7 +14,7 @@ READS: frozenset[str] = frozenset()
 PAPER: str = "arXiv 2406.06424"
 
 
-def mapo(chosen: Side, rejected: Side, *, beta: float = 0.1, kappa: float = 0.5, timesteps: float = 1000.0) -> Losses:
+def mapo(chosen: Side, rejected: Side, *, beta: float = 0.1, kappa: Positive = 0.5, timesteps: Positive = 1000.0) -> Losses:
     """Margin-aware preference optimisation of denoisers: the chosen side's training error plus a margin term.
 
     loss = err_chosen - beta log sigmoid(T [s(err_chosen) - s(err_rejected)]),  s(err) = kappa err / (e^(kappa err) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"link", "margin"})
 PAPER: str = "arXiv 2403.19159"
 
 
-def rdpo(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: float = 0.05) -> Losses:
+def rdpo(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: NonNegative = 0.05) -> Losses:
     """Length-regularised DPO.
 
     loss = -log sigmoid(z),  z = beta (ratio_chosen - ratio_rejected) + alpha (length_chosen - length_rejected) - margin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import FlipRate
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"link", "margin"})
 PAPER: str = "arXiv 2403.00409"
 
 
-def robust(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Losses:
+def robust(chosen: Side, rejected: Side, *, beta: float = 0.1, label_smoothing: FlipRate = 0.1) -> Losses:
     """Provably robust DPO: in expectation over the flips, the DPO loss of the clean labels.
 
     z    = beta (ratio_chosen - ratio_rejected) - margin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset()
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"margin"})
 PAPER: str = "arXiv 2405.14734 eq. 6"
 
 
-def simpo(chosen: Side, rejected: Side, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> Losses:
+def simpo(chosen: Side, rejected: Side, *, beta: float = 2.0, gamma_beta_ratio: NonNegative = 0.5) -> Losses:
     """Simple preference optimisation.
 
     loss = -log sigmoid(z - gamma),  z = beta (logp_chosen / length - logp_rejected / length) - margin

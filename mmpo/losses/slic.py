@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset()
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"margin"})
 PAPER: str = "arXiv 2305.10425"
 
 
-def slic(chosen: Side, rejected: Side, *, delta: float = 1.0, alpha: float = 0.1) -> Losses:
+def slic(chosen: Side, rejected: Side, *, delta: NonNegative = 1.0, alpha: NonNegative = 0.1) -> Losses:
     """Sequence likelihood calibration, without a reference.
 
     loss = max(0, delta + margin - (logp_chosen - logp_rejected)) - alpha logp_chosen / length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import Positive
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"label", "link"})
 PAPER: str = "arXiv 2506.02698"
 
 
-def smpo(chosen: Side, rejected: Side, *, beta: float = 2.0, scale: float = 10.0) -> Losses:
+def smpo(chosen: Side, rejected: Side, *, beta: float = 2.0, scale: Positive = 10.0) -> Losses:
     """Smoothed preference optimisation of denoisers, with the label p from a reward model.
 
     loss = -log sigmoid(scale (2 p - 1) beta (ratio_chosen - ratio_rejected))

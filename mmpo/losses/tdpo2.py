@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional as F
 
+from mmpo.limits import NonNegative
 from mmpo.scores import Losses, Side
 
 NEEDS: frozenset[str] = frozenset({"kl_ref", "ref"})
@@ -11,7 +12,7 @@ READS: frozenset[str] = frozenset({"margin"})
 PAPER: str = "arXiv 2404.11999"
 
 
-def tdpo2(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: float = 0.5) -> Losses:
+def tdpo2(chosen: Side, rejected: Side, *, beta: float = 0.1, alpha: NonNegative = 0.5) -> Losses:
     """Token-level DPO, second form.
 
     K    = sum over units of KL(reference || policy), over the whole vocabulary

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from mmpo.limits import FlipRate
 from mmpo.losses.dpo import dpo
 from mmpo.scores import Losses, Side
 
@@ -14,7 +15,7 @@ READS: frozenset[str] = frozenset({"label", "link", "margin"})
 PAPER: str = "arXiv 2406.11827"
 
 
-def wpo(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: float = 0.0, clamp: bool = True) -> Losses:
+def wpo(chosen: Side, rejected: Side, *, beta: float = 0.01, label_smoothing: FlipRate = 0.0, clamp: bool = True) -> Losses:
     """Weighted preference optimisation: simulates on-policy learning on the answers of other models.
 
     loss = w_chosen w_rejected dpo,  log w = mean over units of (logp - log sum_v p_v^2), without gradient

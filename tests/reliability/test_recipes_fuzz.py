@@ -22,7 +22,7 @@ from tests.reliability.mistakes import MISTAKES
 from tests.test_recipe import BOMB, keys, mistyped
 
 COUNT = 2000 if FULL else 300
-LINE = re.compile(r"(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+) (?P<field>[\w.@/< -]+): (?P<problem>.+)")
+LINE = re.compile(r'(?P<file>[^:]+):(?P<line>\d+):(?P<column>\d+) (?P<field>[\w.@/<=:"\\[ -]+?): (?P<problem>.+)')
 Wrong = tuple[tuple[str, ...], str, str]  # keys, the value as it is written, what the message says
 
 
