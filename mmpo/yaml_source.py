@@ -14,7 +14,7 @@ import yaml
 
 from mmpo.errors import RecipeError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 250_000  # half a second of the parser
 MAX_NODES = 1_000
 MAX_DEPTH = 32
 

@@ -25,7 +25,7 @@ from mmpo.find import names
 from mmpo.recipe import Resolved, dump, load, loss_parameters
 from mmpo.schema import Recipe, Term, recipe_class, section_at
 from mmpo.unread import notes
-from mmpo.yaml_source import Mark, parse
+from mmpo.yaml_source import MAX_BYTES, Mark, parse
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -85,9 +85,10 @@ HOSTILE = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "deep block": ("\n".join(" " * i + "a:" for i in range(500)), "nested too deeply"),
     "wide": ("[" + "1," * 100_000 + "]", "too many values"),
-    "long number": ("a: " + "1" * 900_000, None),
-    "long text": ("a: " + "x" * 900_000, None),
-    "comments": ("# " + "x" * 900_000, None),
+    "long number": ("a: " + "1" * (MAX_BYTES - 3), None),
+    "long text": ("a: " + "x" * (MAX_BYTES - 3), None),
+    "long prose": ("a: " + "x " * (MAX_BYTES // 2 - 2), None),
+    "comments": ("# " + "x" * (MAX_BYTES - 2), None),
     "python object": ("a: !!python/object/apply:os.system [ls]", "tags are not allowed"),
     "local tag": ("a: !x 1", "tags are not allowed"),
     "str tag": ("!!str 5", "tags are not allowed"),

@@ -140,6 +140,7 @@ def test_cached_reference(name: str, opened: Any) -> None:
     assert replayed is not None and replayed["chosen"].mask.tolist() == [[True], [True]]
 
 
+@pytest.mark.slow
 def test_cached_scores_belong_to_weights_settings_and_precision(folder: Path, tmp_path: Path) -> None:
     """One file shared by runs that differ in one thing each: nothing is replayed for another."""
     other = tiny.make("sd", tmp_path / "v", scheduler=tiny.ddim(prediction_type="v_prediction"))  # the same weights

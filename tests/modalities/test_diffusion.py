@@ -308,6 +308,7 @@ def test_bf16_networks_have_fp32_errors(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(scores["chosen"].extras["err"][:, 0].double(), error[:2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(checkpoint: Checkpoint) -> None:
     grads = []
     for flag in (False, True):

@@ -223,6 +223,7 @@ def descend(models: Iterable[Any], length: float) -> None:
                 parameter.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.2, -0.2])
 def test_kto_is_the_published_one(scale: float, checkpoint: Checkpoint, fp64: Callable[[], None]) -> None:
     """Diffusion-KTO: g = -(mse - mse_ref), kl = max(0, mean g), 1 - sigmoid(+-beta (g - kl)), the published beta 1000."""

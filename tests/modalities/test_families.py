@@ -197,6 +197,7 @@ def test_pack_is_inverted() -> None:
 # Sampling --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_sd_sampling_is_the_pipelines(target: str, guidance: float, tmp_path: Path) -> None:
@@ -209,6 +210,7 @@ def test_sd3_sampling_is_the_pipelines(guidance: float, opened: Any) -> None:
     _sampling_matches(opened("sd3"), guidance, ["a dog"], height=16, width=16, max_sequence_length=TOKENS)
 
 
+@pytest.mark.slow
 def test_sdxl_sampling_is_the_pipelines(opened: Any) -> None:
     _sampling_matches(opened("sdxl"), 5.0, ["a dog"], height=16, width=16)
 

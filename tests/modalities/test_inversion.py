@@ -136,6 +136,7 @@ def test_members_share_the_level_and_not_the_noise(checkpoint: Checkpoint) -> No
     assert all(not torch.allclose(w, r) for w, r in zip(batch.target[:4], batch.target[4:], strict=True))
 
 
+@pytest.mark.slow
 def test_a_perfect_inversion_is_undone_by_sampling(checkpoint: Checkpoint) -> None:
     """x_t and its implied noise lead back to x0 in one step: that is what makes it the noise that x0 comes from."""
     ours = opened(checkpoint("epsilon"))
@@ -144,6 +145,7 @@ def test_a_perfect_inversion_is_undone_by_sampling(checkpoint: Checkpoint) -> No
     torch.testing.assert_close(process.step(batch.noisy, batch.target, batch.t, None), clean, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eta_noise_is_a_function_of_seed_sample_and_draw(checkpoint: Checkpoint) -> None:
     """Alone or in company, in any order; another index, seed or name gives another."""
     ours = opened(checkpoint("epsilon"), inversion_eta=0.5, t_min=0.5)
@@ -171,6 +173,7 @@ def test_eta_zero_has_no_randomness_but_the_level(checkpoint: Checkpoint) -> Non
     assert torch.equal(first.t, second.t) and torch.equal(first.noisy, second.noisy)
 
 
+@pytest.mark.slow
 def test_the_policy_that_inverts_is_part_of_the_draws_name(checkpoint: Checkpoint) -> None:
     """A reference's score cached for one x_t is not replayed for the x_t of a later policy; in shared mode x_t stays."""
     for mode, moves in (("inversion", True), ("shared", False)):
